@@ -1,0 +1,1 @@
+"""File formats: each module reads one into a neutral Checkpoint and writes one from it."""
