@@ -1,0 +1,133 @@
+"""The compiled core. Thin: conversion, error mapping, and the release of the GIL; no logic."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__version__: str
+
+def supported_isas() -> list[str]:
+    """Kernel sets this CPU can run, best first."""
+
+def has_openmp() -> bool: ...
+
+class GgufReader:
+    """A parsed GGUF file: metadata and raw tensors (the one parser, for the Python side too)."""
+
+    def __init__(self, data: bytes | None = ..., path: str | None = ..., name: str = ...) -> None: ...
+    def metadata(self) -> dict[str, Any]: ...
+    def tensors(self) -> list[tuple[str, str, tuple[int, ...]]]:
+        """(name, dtype name "f32"|"f16"|"bf16"|"q8_0", torch-order shape) in file order."""
+    def tensor_bytes(self, name: str) -> npt.NDArray[np.uint8]:
+        """Raw bytes of a tensor, a read-only view that keeps the file open."""
+
+class Tokenizer:
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def bos_id(self) -> int: ...  # -1 where there is none
+    @property
+    def eos_id(self) -> int: ...
+    @property
+    def unk_id(self) -> int: ...
+    @property
+    def add_bos(self) -> bool: ...
+    def encode(self, text: str, bos: bool, eos: bool) -> list[int]: ...
+    def decode(self, tokens: Sequence[int], at_start: bool = ...) -> bytes: ...
+    def token_bytes(self, token: int) -> bytes: ...
+
+class StreamDecoder:
+    def __init__(self, tokenizer: Tokenizer, at_start: bool) -> None: ...
+    def push(self, token: int) -> str: ...
+    def finish(self) -> str: ...
+
+class SamplingParams:
+    """Mirror of sampler.h; validated when set on a session (ArgumentError)."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: list[tuple[int, float]]
+    banned: list[int]  # never sampled, e.g. the end tokens before min_new_tokens
+    def __init__(self) -> None: ...
+
+class Model:
+    def __init__(
+        self,
+        path: str | None = ...,
+        data: bytes | None = ...,
+        name: str = ...,
+        n_threads: int = ...,  # 0: as many as physical cores allowed to the process
+        isa: str = ...,  # "": the environment variable TINYLLAMA_ISA, else the best
+        max_seq_len: int = ...,  # 0: the file's
+    ) -> None: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def config(self) -> dict[str, Any]:
+        """dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len,
+        rope_theta, norm_eps, tie_embeddings, rope_factors (list of floats)"""
+    @property
+    def info(self) -> dict[str, Any]:
+        """path, dtype, isa, n_threads, parameters, bytes (of weights), kv_bytes_per_token"""
+    n_threads: int
+
+class Session:
+    """One timeline: tokens, KV cache, random state. `logits` are those after the last token."""
+
+    def __init__(self, model: Model, seed: int) -> None: ...
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def n_tokens(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
+    def logits(self) -> npt.NDArray[np.float32]:
+        """Copy of the logits (vocab_size,) after the last token; ArgumentError when empty."""
+    def rewind(self, n_tokens: int) -> None:
+        """Keep the first n_tokens. The logits return with the next feed or sample."""
+    def fork(self, seed: int) -> Session:
+        """A copy with the same past and a random state of its own."""
+
+def forward(
+    sessions: Sequence[Session], tokens: Sequence[Sequence[int]], all_logits: bool = ...
+) -> list[npt.NDArray[np.float32]]:
+    """Feed tokens[i] to sessions[i], all in one batch (a long batch in chunks, Ctrl-C between
+    them). Returns per session logits (n_tokens, vocab_size) when all_logits, else (0, vocab_size)
+    arrays. Nothing is changed when any input is invalid: token ids out of range (ArgumentError),
+    context full (ContextFullError), a session twice or of another model (ArgumentError), busy
+    (BusyError)."""
+
+def sample(session: Session, params: SamplingParams) -> tuple[int, float]:
+    """Draw the next token from the session's logits: (token, natural log of its probability under
+    the model's unmodified distribution). The session does not move: feed it with forward()."""
+
+def top_logprobs(session: Session, n: int) -> list[tuple[int, float]]:
+    """The n most likely next tokens under the unmodified distribution, best first."""
+
+def score(session: Session, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
+    """Feed tokens and return the log-probability (natural) of tokens[i] given all before, i >= 1
+    for an empty session (first entry NaN), computed without keeping all logits."""
+
+def trace(
+    session: Session, tokens: Sequence[int], tap: Callable[[str, npt.NDArray[np.float32]], None]
+) -> None:
+    """Feed tokens as one batch and call tap(stage, values (n_tokens, width)) at each named stage."""
+
+def kernel_matmul(
+    isa: str, dtype: str, weights: npt.NDArray[Any], rows: int, cols: int,
+    x: npt.NDArray[np.float32], begin: int = ..., end: int = ...
+) -> npt.NDArray[np.float32]:
+    """One kernel on its own, for tests: x (n_tokens, cols) -> (n_tokens, rows)."""
+
+def kernel_unary(
+    isa: str, name: str, *arrays: npt.NDArray[np.float32], scalar: float = ...
+) -> npt.NDArray[np.float32]:
+    """rms_norm(x, weight; eps), rope(x (n_heads, head_dim), cos, sin), swiglu(gate, up),
+    add(x, y), attend(q (head_dim,), k (n, head_dim), v (n, head_dim)), quantize_q8(x)->dequantised."""
