@@ -1,0 +1,65 @@
+"""The ``tinyllama`` command: one module per verb group, nothing but arguments and printing."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from ..errors import TinyllamaError
+
+# In the order of a model's life: text, tokens, training, judgement, a file, its use.
+GROUPS = ("data", "tokenizer", "train", "eval", "export", "info", "generate")
+
+DESCRIPTION = """\
+Train, export and run tiny Llamas on the CPU.
+
+The life of a model:
+  tinyllama data check stories.txt --repair clean.txt
+  tinyllama tokenizer train clean.txt --vocab-size 3000 --out tok.model
+  tinyllama data prepare clean.txt --tokenizer tok.model --out tokens
+  tinyllama train --preset stories1m --set data=tokens --out run
+  tinyllama eval run --text held_out.txt
+  tinyllama export run --out model.gguf
+  tinyllama generate "Once upon a time" -m model.gguf
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. Every group sets ``handler``, called with the parsed arguments."""
+    from .. import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="tinyllama",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"tinyllama {__version__}")
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for group in GROUPS:
+        importlib.import_module(f".{group}", __package__).register(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; ``argv`` defaults to the process's arguments. Returns the exit status.
+
+    0: done; 2: an error that is the input's or the machine's, told in one line on stderr;
+    130: interrupted from the keyboard.
+    """
+    args = build_parser().parse_args(argv)
+    try:
+        status = args.handler(args)
+    except BrokenPipeError:
+        # Whoever read our output (`| head`) has gone. Python would complain once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (TinyllamaError, OSError, MemoryError) as error:
+        print(f"tinyllama: error: {error or 'out of memory'}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tinyllama: interrupted", file=sys.stderr)
+        return 130
+    return int(status or 0)
