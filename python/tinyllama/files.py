@@ -1,76 +1,74 @@
-"""Writing files and folders whole or not at all."""
+"""Files and folders that are written whole or not at all."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
 
-@contextlib.contextmanager
-def open_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """A binary stream whose bytes appear at ``path`` when the block ends, or never.
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to write bytes into, which takes the name ``path`` only once it is complete.
 
-    They are written to a temporary file in the same folder, synced, and renamed. When anything
-    fails (a full disk, Ctrl-C) the temporary file is removed and what was at ``path`` stays.
+    The bytes go to a hidden file in the same folder. When the block ends normally they are
+    forced to disk and the file is renamed over ``path``; when it raises (a full disk, Ctrl-C)
+    the hidden file is removed, and what stood at ``path`` stays as it was.
     """
-    target = Path(os.path.realpath(path))
-    temporary = _beside(target)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "xb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, target)
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(target.parent)
+    _sync_folder(path.parent)
 
 
-@contextlib.contextmanager
-def whole_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """An empty folder to fill, whose files appear in the folder ``path`` when the block ends.
+@contextmanager
+def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """An empty folder to fill, whose files appear in the folder ``path`` once all are complete.
 
-    A new ``path`` appears in one rename. Into one that exists the finished files are renamed one
-    by one, replacing files of the same name and leaving all others alone: nothing can fail for
-    lack of space by then. When anything fails before, ``path`` is untouched.
+    A ``path`` that is new (or empty) appears in one rename. Into one that holds files already, the
+    finished ones are renamed one by one, replacing those of the same name and leaving all others
+    alone: by then nothing can fail for lack of space. When anything fails before that, ``path``
+    stays as it was.
     """
-    target = Path(os.path.realpath(path))
-    temporary = _beside(target)
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     temporary.mkdir()
     try:
         yield temporary
         files = sorted(temporary.iterdir())
-        for file in [*files, temporary]:
-            _sync(file)
-        if target.is_dir() and any(target.iterdir()):
+        for file in files:
+            with open(file, "r+b") as stream:
+                os.fsync(stream.fileno())
+        _sync_folder(temporary)
+        if path.is_dir() and any(path.iterdir()):
             for file in files:
-                os.replace(file, target / file.name)
+                os.replace(file, path / file.name)
             temporary.rmdir()
-            _sync(target)
+            _sync_folder(path)
         else:
-            os.replace(temporary, target)
+            os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync(target.parent)
+    _sync_folder(path.parent)
 
 
-def _beside(target: Path) -> Path:
-    return target.with_name(f".{target.name}.{secrets.token_hex(4)}.partial")
-
-
-def _sync(path: Path) -> None:
-    """Make a file's bytes or a folder's entries survive a power cut."""
-    if os.name == "nt" and path.is_dir():
-        return  # Windows opens no folders
-    descriptor = os.open(path, os.O_RDONLY if os.name != "nt" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _sync_folder(folder: Path) -> None:
+    # Without this a power cut can undo the rename. Windows cannot open folders, nor needs it.
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

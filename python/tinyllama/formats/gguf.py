@@ -16,7 +16,7 @@ import numpy as np
 
 from ..config import Config, rope_factors
 from ..errors import ArgumentError, NonFiniteError
-from ..files import open_whole
+from ..files import whole_file
 from .checkpoint import Checkpoint, Vocabulary
 
 ALIGNMENT = 32
@@ -59,7 +59,7 @@ def write_gguf(
     Raises ArgumentError for an unknown dtype, NonFiniteError when a weight is NaN or infinite or
     becomes so in f16, OSError when the file cannot be written.
     """
-    with open_whole(path) as stream:
+    with whole_file(path) as stream:
         _write(stream, checkpoint, dtype)
 
 
