@@ -5,9 +5,10 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
+#include <map>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <variant>
 #include <vector>
 
@@ -19,7 +20,8 @@ namespace tinyllama {
 enum class DType : std::uint32_t { f32 = 0, f16 = 1, q8_0 = 8, bf16 = 30 };
 
 const char* dtype_name(DType dtype);
-// Bytes of one row of `cols` values; cols must be a multiple of 32 for q8_0 (else 0 is returned).
+// Bytes of one row of `cols` values; 0 when cols is not a multiple of 32 for q8_0, or when the
+// result does not fit.
 std::uint64_t row_bytes(DType dtype, std::uint64_t cols);
 
 struct GgufTensor {
@@ -34,6 +36,7 @@ struct GgufTensor {
 struct GgufStrings { std::vector<std::string> items; };
 struct GgufFloats { std::vector<double> items; };        // arrays of f32 and f64
 struct GgufInts { std::vector<std::int64_t> items; };    // arrays of every integer type and bool
+// An integer is int64 whenever it fits; uint64 holds only what lies above.
 using GgufValue = std::variant<std::int64_t, std::uint64_t, double, bool, std::string, GgufStrings,
                                GgufFloats, GgufInts>;
 
@@ -43,9 +46,12 @@ public:
     // Throws Error(format_error).
     static GgufFile parse(ByteSpan bytes, const std::string& name);
 
+    // Names, keys and string values are the file's bytes: nothing promises that they are UTF-8.
+    using Metadata = std::map<std::string, GgufValue, std::less<>>;
+
     const std::string& name() const { return name_; }
-    bool has(std::string_view key) const;
-    const std::unordered_map<std::string, GgufValue>& metadata() const { return metadata_; }
+    bool has(std::string_view key) const { return metadata_.find(key) != metadata_.end(); }
+    const Metadata& metadata() const { return metadata_; }
     const std::vector<GgufTensor>& tensors() const { return tensors_; }  // in file order
 
     // Typed look-ups. Missing key or wrong type: Error(format_error) naming file and key.
@@ -61,10 +67,17 @@ public:
     const GgufTensor* find_tensor(std::string_view name) const;
 
 private:
+    template <typename T>
+    const T& get(std::string_view key, const char* type_name) const;
+
     std::string name_;
-    std::unordered_map<std::string, GgufValue> metadata_;
+    Metadata metadata_;
     std::vector<GgufTensor> tensors_;
-    std::unordered_map<std::string, std::size_t> tensor_index_;
+    std::map<std::string, std::size_t, std::less<>> tensor_index_;
 };
+
+// Bytes from a file, made fit for a message: in quotes, printable ASCII kept, the rest as \xHH,
+// long ones cut.
+std::string quoted(std::string_view bytes);
 
 }  // namespace tinyllama

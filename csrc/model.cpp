@@ -1,0 +1,85 @@
+#include "model.h"
+
+#include <cstdlib>
+#include <utility>
+
+#include "forward.h"
+#include "kernels/cpu.h"
+#include "parallel.h"
+
+namespace tinyllama {
+namespace {
+
+const KernelTable* choose_kernels(const std::string& wanted) {
+    std::string isa = wanted;
+    if (isa.empty()) {
+        const char* environment = std::getenv("TINYLLAMA_ISA");
+        if (environment != nullptr) isa = environment;
+    }
+    if (const KernelTable* kernels = find_kernels(isa.empty() ? nullptr : isa.c_str())) {
+        return kernels;
+    }
+    std::string known;
+    for (const char* const* name = supported_isas(); *name != nullptr; ++name) {
+        known += known.empty() ? *name : std::string(", ") + *name;
+    }
+    throw Error(Status::invalid_argument,
+                "isa is '" + isa + "'; this CPU can run: auto, " + known);
+}
+
+}  // namespace
+
+std::shared_ptr<const Model> Model::open(FileBytes bytes, const std::string& name,
+                                         const ModelOptions& options) {
+    if (options.n_threads < 0 || options.n_threads > 1024) {
+        throw Error(Status::invalid_argument, "n_threads is " + std::to_string(options.n_threads) +
+                                                  "; it must be in [0, 1024]");
+    }
+    const KernelTable* kernels = choose_kernels(options.isa);
+    const int n_threads = options.n_threads > 0 ? options.n_threads : available_cores();
+    const GgufFile file = GgufFile::parse(bytes.span(), name);
+    Config config = read_config(file);
+    if (options.max_seq_len < 0 || options.max_seq_len > config.max_seq_len) {
+        throw Error(Status::invalid_argument,
+                    "max_seq_len is " + std::to_string(options.max_seq_len) + "; " + name +
+                        " allows at most " + std::to_string(config.max_seq_len));
+    }
+    if (options.max_seq_len > 0) config.max_seq_len = options.max_seq_len;
+    // The constructor is private, so make_shared cannot reach it.
+    return std::shared_ptr<const Model>(
+        new Model(std::move(bytes), name, file, config, kernels, n_threads));
+}
+
+Model::Model(FileBytes bytes, const std::string& name, const GgufFile& file, const Config& config,
+             const KernelTable* kernels, int n_threads)
+    : bytes_(std::move(bytes)),
+      name_(name),
+      config_(config),
+      tokenizer_(file),
+      weights_(file, config, n_threads),
+      kernels_(kernels),
+      n_threads_(n_threads) {
+    if (tokenizer_.vocab_size() != config_.vocab_size) {
+        throw Error(Status::format_error,
+                    name_ + ": the tokenizer has " + std::to_string(tokenizer_.vocab_size()) +
+                        " tokens, the model's vocab_size is " +
+                        std::to_string(config_.vocab_size));
+    }
+}
+
+Model::~Model() = default;
+
+std::unique_ptr<Workspace> Model::borrow_workspace() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (workspaces_.empty()) return std::make_unique<Workspace>();
+    std::unique_ptr<Workspace> workspace = std::move(workspaces_.back());
+    workspaces_.pop_back();
+    return workspace;
+}
+
+void Model::return_workspace(std::unique_ptr<Workspace> workspace) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    workspaces_.push_back(std::move(workspace));
+}
+
+}  // namespace tinyllama

@@ -1,0 +1,60 @@
+// A model: weights, tokenizer and hyperparameters, with the kernels chosen to run them.
+// Immutable once opened, shared by sessions and threads.
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "config.h"
+#include "file_bytes.h"
+#include "kernels/kernel_table.h"
+#include "tokenizer.h"
+#include "weights.h"
+
+namespace tinyllama {
+
+struct Workspace;
+
+struct ModelOptions {
+    int n_threads = 0;              // 0: as many as physical cores allowed to the process
+    std::string isa;                // "": $TINYLLAMA_ISA, else the best this CPU can run
+    std::int32_t max_seq_len = 0;   // 0: the file's
+};
+
+class Model {
+public:
+    // `name` stands for the model in messages. Throws Error for whatever is wrong with the file or
+    // the options, before anything else is changed.
+    static std::shared_ptr<const Model> open(FileBytes bytes, const std::string& name,
+                                             const ModelOptions& options);
+    ~Model();
+
+    const std::string& name() const { return name_; }
+    const Config& config() const { return config_; }
+    const Tokenizer& tokenizer() const { return tokenizer_; }
+    const Weights& weights() const { return weights_; }
+    const KernelTable& kernels() const { return *kernels_; }
+    int n_threads() const { return n_threads_; }
+
+    // Scratch memory for one forward pass, lent until returned; it keeps its size between uses.
+    std::unique_ptr<Workspace> borrow_workspace() const;
+    void return_workspace(std::unique_ptr<Workspace> workspace) const;
+
+private:
+    Model(FileBytes bytes, const std::string& name, const GgufFile& file, const Config& config,
+          const KernelTable* kernels, int n_threads);
+
+    FileBytes bytes_;
+    std::string name_;
+    Config config_;
+    Tokenizer tokenizer_;
+    Weights weights_;
+    const KernelTable* kernels_;
+    int n_threads_;
+    mutable std::mutex mutex_;
+    mutable std::vector<std::unique_ptr<Workspace>> workspaces_;
+};
+
+}  // namespace tinyllama

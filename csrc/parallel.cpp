@@ -1,0 +1,108 @@
+#include "parallel.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <set>
+#include <string>
+#include <thread>
+#include <utility>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#ifdef __linux__
+#include <sched.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+namespace tinyllama {
+namespace {
+
+// OpenMP's worker threads do not survive fork(); a child that asks for them would wait forever.
+bool forked_child = false;
+
+[[maybe_unused]] const bool fork_handler_installed = [] {
+#if defined(__unix__) || defined(__APPLE__)
+    pthread_atfork(nullptr, nullptr, [] { forked_child = true; });
+#endif
+    return true;
+}();
+
+#ifdef __linux__
+int read_int(const std::string& path) {
+    int value = -1;
+    if (std::FILE* file = std::fopen(path.c_str(), "r")) {
+        if (std::fscanf(file, "%d", &value) != 1) value = -1;
+        std::fclose(file);
+    }
+    return value;
+}
+
+// Cores that the cgroup's quota pays for, or a large number without one.
+int cgroup_cores() {
+    int cores = 1 << 20;
+    if (std::FILE* file = std::fopen("/sys/fs/cgroup/cpu.max", "r")) {
+        long long quota = 0, period = 0;
+        if (std::fscanf(file, "%lld %lld", &quota, &period) == 2 && quota > 0 && period > 0) {
+            cores = static_cast<int>(std::max<long long>(1, (quota + period - 1) / period));
+        }
+        std::fclose(file);
+    }
+    return cores;
+}
+#endif
+
+}  // namespace
+
+int available_cores() {
+#ifdef __linux__
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof(allowed), &allowed) == 0) {
+        std::set<std::pair<int, int>> cores;
+        for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+            if (!CPU_ISSET(static_cast<std::size_t>(cpu), &allowed)) continue;
+            const std::string topology =
+                "/sys/devices/system/cpu/cpu" + std::to_string(cpu) + "/topology/";
+            const int core = read_int(topology + "core_id");
+            // Without topology every CPU counts as a core of its own.
+            cores.insert({read_int(topology + "physical_package_id"), core < 0 ? -1 - cpu : core});
+        }
+        if (!cores.empty()) return std::min(static_cast<int>(cores.size()), cgroup_cores());
+    }
+#endif
+    return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+bool has_openmp() {
+#ifdef _OPENMP
+    return true;
+#else
+    return false;
+#endif
+}
+
+namespace detail {
+
+void run_parallel(int n_threads, std::int64_t n, RangeFunction function, const void* body) {
+#ifdef _OPENMP
+    if (!forked_child && !omp_in_parallel()) {
+        const int wanted = static_cast<int>(std::min<std::int64_t>(n_threads, n));
+#pragma omp parallel num_threads(wanted)
+        {
+            const std::int64_t team = omp_get_num_threads();
+            const std::int64_t thread = omp_get_thread_num();
+            const std::int64_t begin = n * thread / team;
+            const std::int64_t end = n * (thread + 1) / team;
+            if (begin < end) function(body, begin, end, static_cast<int>(thread));
+        }
+        return;
+    }
+#endif
+    (void)n_threads;
+    function(body, 0, n, 0);
+}
+
+}  // namespace detail
+}  // namespace tinyllama
