@@ -1,11 +1,10 @@
 #include "gguf.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
-#include <numeric>
-#include <type_traits>
 #include <utility>
+
+#include "byte_reader.h"
 
 namespace tinyllama {
 
@@ -14,7 +13,6 @@ static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "GGUF is read in place:
 namespace {
 
 constexpr std::uint64_t max_entries = 65536;  // of metadata, and of tensors
-constexpr std::uint64_t max_header_bytes = 100'000'000;
 constexpr std::uint64_t max_key_bytes = 65535;
 constexpr std::uint64_t max_name_bytes = 1024;
 constexpr std::uint64_t max_alignment = 1 << 20;
@@ -37,89 +35,6 @@ std::uint64_t least_bytes(ValueType type) {
     return 0;
 }
 
-// Steps through the header. `subject` is the entry being read, for messages.
-class Reader {
-public:
-    Reader(ByteSpan bytes, const std::string& file) : bytes_(bytes), file_(file) {}
-
-    std::uint64_t pos() const { return pos_; }
-    std::uint64_t remaining() const { return bytes_.size - pos_; }
-    void set_subject(const char* kind, std::string_view name) {
-        kind_ = kind;
-        subject_ = name;
-    }
-
-    [[noreturn]] void fail(const std::string& message) const {
-        throw Error(Status::format_error, file_ + ": " + message);
-    }
-    // "offset of tensor 'x'"; outside any entry `what` alone.
-    std::string about(const std::string& what) const {
-        if (kind_ == nullptr) return what;
-        return what + " of " + kind_ + " " + quoted(subject_);
-    }
-
-    template <typename T>
-    T number(const char* what) {
-        static_assert(std::is_arithmetic_v<T>);
-        need(sizeof(T), what);
-        T value;
-        std::memcpy(&value, bytes_.data + pos_, sizeof(T));
-        pos_ += sizeof(T);
-        return value;
-    }
-
-    bool boolean(const char* what) {
-        const auto value = number<std::uint8_t>(what);
-        if (value > 1) {
-            fail(about(what) + " is " + std::to_string(value) + "; a bool must be 0 or 1");
-        }
-        return value == 1;
-    }
-
-    // The view lasts as long as the file's bytes.
-    std::string_view string(const char* what, std::uint64_t limit = max_header_bytes) {
-        const auto length = number<std::uint64_t>(what);
-        if (length > remaining()) {
-            fail("truncated: " + about(what) + " at byte " + std::to_string(pos_) + " claims " +
-                 std::to_string(length) + " bytes, but the file ends at byte " +
-                 std::to_string(bytes_.size));
-        }
-        if (length > limit) {
-            fail(about(what) + " has " + std::to_string(length) + " bytes; at most " +
-                 std::to_string(limit) + " are allowed");
-        }
-        const auto* start = reinterpret_cast<const char*>(bytes_.data + pos_);
-        pos_ += length;
-        return {start, static_cast<std::size_t>(length)};
-    }
-
-    // Refuses a count of items that cannot lie in the bytes that are left.
-    void check_count(std::uint64_t count, std::uint64_t item_bytes, const char* what) const {
-        if (count > remaining() / item_bytes) {
-            fail("truncated: " + about(what) + " is " + std::to_string(count) + " at byte " +
-                 std::to_string(pos_) + ", but only " + std::to_string(remaining()) +
-                 " bytes follow");
-        }
-    }
-
-private:
-    void need(std::uint64_t count, const char* what) const {
-        if (count > remaining()) {
-            fail("truncated: the file ends at byte " + std::to_string(bytes_.size) +
-                 ", reading " + about(what));
-        }
-        if (pos_ > max_header_bytes) {
-            fail("the header is longer than " + std::to_string(max_header_bytes) + " bytes");
-        }
-    }
-
-    ByteSpan bytes_;
-    const std::string& file_;
-    std::uint64_t pos_ = 0;
-    const char* kind_ = nullptr;
-    std::string_view subject_;
-};
-
 template <typename Item, typename Read>
 std::vector<Item> read_items(std::uint64_t count, Read read) {
     std::vector<Item> items;
@@ -128,7 +43,7 @@ std::vector<Item> read_items(std::uint64_t count, Read read) {
     return items;
 }
 
-std::int64_t read_int(Reader& reader, ValueType type, const char* what) {
+std::int64_t read_int(ByteReader& reader, ValueType type, const char* what) {
     switch (type) {
         case ValueType::u8: return reader.number<std::uint8_t>(what);
         case ValueType::i8: return reader.number<std::int8_t>(what);
@@ -141,12 +56,12 @@ std::int64_t read_int(Reader& reader, ValueType type, const char* what) {
     }
 }
 
-double read_float(Reader& reader, ValueType type, const char* what) {
+double read_float(ByteReader& reader, ValueType type, const char* what) {
     return type == ValueType::f32 ? static_cast<double>(reader.number<float>(what))
                                   : reader.number<double>(what);
 }
 
-GgufValue read_array(Reader& reader) {
+GgufValue read_array(ByteReader& reader) {
     const auto type = ValueType{reader.number<std::uint32_t>("array type")};
     const auto count = reader.number<std::uint64_t>("array length");
     const std::uint64_t item_bytes = least_bytes(type);
@@ -177,7 +92,7 @@ GgufValue read_array(Reader& reader) {
     }
 }
 
-GgufValue read_value(Reader& reader) {
+GgufValue read_value(ByteReader& reader) {
     const auto type = ValueType{reader.number<std::uint32_t>("value type")};
     switch (type) {
         case ValueType::boolean: return reader.boolean("value");
@@ -200,7 +115,7 @@ GgufValue read_value(Reader& reader) {
     return read_int(reader, type, "value");
 }
 
-GgufFile::Metadata read_metadata(Reader& reader, std::uint64_t count) {
+GgufFile::Metadata read_metadata(ByteReader& reader, std::uint64_t count) {
     GgufFile::Metadata metadata;
     for (std::uint64_t i = 0; i < count; ++i) {
         const std::string ordinal = std::to_string(i);
@@ -223,7 +138,7 @@ struct Entry {
     std::uint64_t n_bytes = 0;
 };
 
-void read_shape(Reader& reader, GgufTensor* tensor) {
+void read_shape(ByteReader& reader, GgufTensor* tensor) {
     const auto n_dims = reader.number<std::uint32_t>("number of dimensions");
     if (n_dims < 1 || n_dims > 4) {
         reader.fail(reader.about("number of dimensions") + " is " + std::to_string(n_dims) +
@@ -243,7 +158,7 @@ void read_shape(Reader& reader, GgufTensor* tensor) {
     tensor->rows = dims[1];
 }
 
-DType read_dtype(Reader& reader) {
+DType read_dtype(ByteReader& reader) {
     const auto number = reader.number<std::uint32_t>("type");
     for (const DType dtype : {DType::f32, DType::f16, DType::q8_0, DType::bf16}) {
         if (number == static_cast<std::uint32_t>(dtype)) return dtype;
@@ -252,7 +167,7 @@ DType read_dtype(Reader& reader) {
                 "; known are f32 (0), f16 (1), q8_0 (8) and bf16 (30)");
 }
 
-Entry read_entry(Reader& reader, std::uint64_t alignment) {
+Entry read_entry(ByteReader& reader, std::uint64_t alignment) {
     Entry entry;
     GgufTensor& tensor = entry.tensor;
     const std::string_view name = reader.string("name", max_name_bytes);
@@ -280,7 +195,7 @@ Entry read_entry(Reader& reader, std::uint64_t alignment) {
 
 // Gives every tensor its bytes. In order of offset, tensors must follow one another with nothing
 // between them but padding to the alignment, as every writer of GGUF lays them out.
-void place_tensors(const Reader& reader, ByteSpan bytes, std::uint64_t alignment,
+void place_tensors(const ByteReader& reader, ByteSpan bytes, std::uint64_t alignment,
                    std::vector<Entry>* entries) {
     std::vector<Entry*> by_offset;
     by_offset.reserve(entries->size());
@@ -342,29 +257,10 @@ std::uint64_t row_bytes(DType dtype, std::uint64_t cols) {
     return fits ? result : 0;
 }
 
-std::string quoted(std::string_view bytes) {
-    constexpr std::size_t longest = 80;
-    constexpr char hex[] = "0123456789abcdef";
-    std::string text = "'";
-    for (const char c : bytes.substr(0, longest)) {
-        const auto byte = static_cast<unsigned char>(c);
-        if (byte >= 0x20 && byte < 0x7f) {
-            text += c;
-        } else {
-            text += {'\\', 'x', hex[byte >> 4], hex[byte & 15]};
-        }
-    }
-    return text + (bytes.size() > longest ? "...'" : "'");
-}
-
 GgufFile GgufFile::parse(ByteSpan bytes, const std::string& name) {
-    Reader reader(bytes, name);
-    const std::size_t n_magic = std::min<std::size_t>(bytes.size, 4);
-    if (n_magic > 0 && std::memcmp(bytes.data, "GGUF", n_magic) != 0) {
-        reader.fail("not a GGUF file: it begins with " +
-                    quoted({reinterpret_cast<const char*>(bytes.data), n_magic}));
-    }
-    reader.number<std::uint32_t>("magic");
+    ByteReader reader(bytes, name);
+    const std::string_view magic = reader.take(4, "magic");
+    if (magic != "GGUF") reader.fail("not a GGUF file: it begins with " + quoted(magic));
     const auto version = reader.number<std::uint32_t>("version");
     if (version == 0x02000000 || version == 0x03000000) {
         reader.fail("a big-endian GGUF file; only little-endian ones can be read");

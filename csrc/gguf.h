@@ -76,8 +76,4 @@ private:
     std::map<std::string, std::size_t, std::less<>> tensor_index_;
 };
 
-// Bytes from a file, made fit for a message: in quotes, printable ASCII kept, the rest as \xHH,
-// long ones cut.
-std::string quoted(std::string_view bytes);
-
 }  // namespace tinyllama
