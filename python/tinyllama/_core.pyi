@@ -54,6 +54,7 @@ class SamplingParams:
     presence_penalty: float
     frequency_penalty: float
     logit_bias: list[tuple[int, float]]
+    n_prompt_tokens: int  # presence and frequency count tokens from here on; repetition all
     banned: list[int]  # never sampled, e.g. the end tokens before min_new_tokens
     def __init__(self) -> None: ...
 
@@ -76,7 +77,6 @@ class Model:
     @property
     def info(self) -> dict[str, Any]:
         """path, dtype, isa, n_threads, parameters, bytes (of weights), kv_bytes_per_token"""
-    n_threads: int
 
 class Session:
     """One timeline: tokens, KV cache, random state. `logits` are those after the last token."""

@@ -1,0 +1,433 @@
+// The Python face: conversion, error mapping, and the release of the GIL. No logic.
+
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "kernels/cpu.h"
+#include "model.h"
+#include "parallel.h"
+#include "session.h"
+
+namespace py = pybind11;
+using namespace tinyllama;
+
+namespace {
+
+template <typename T>
+using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
+
+const char* error_class(Status status) {
+    switch (status) {
+        case Status::format_error: return "FormatError";
+        case Status::config_error: return "ConfigError";
+        case Status::context_full: return "ContextFullError";
+        case Status::nonfinite: return "NonFiniteError";
+        case Status::busy: return "BusyError";
+        default: return "ArgumentError";
+    }
+}
+
+void translate_error(std::exception_ptr pointer) {
+    try {
+        if (pointer) std::rethrow_exception(pointer);
+    } catch (const Error& error) {
+        if (error.code() == Status::io_error) {
+            PyErr_SetString(PyExc_OSError, error.what());
+            return;
+        }
+        const py::object errors = py::module_::import("tinyllama.errors");
+        PyErr_SetString(errors.attr(error_class(error.code())).ptr(), error.what());
+    }
+}
+
+// Lets Ctrl-C through: called with the GIL released, between chunks of native work.
+void check_signals() {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+std::string join_isas() {
+    std::string names;
+    for (const char* const* name = supported_isas(); *name != nullptr; ++name) {
+        names += names.empty() ? *name : std::string(", ") + *name;
+    }
+    return names;
+}
+
+const KernelTable& kernels_named(const std::string& isa) {
+    const KernelTable* kernels = find_kernels(isa.c_str());
+    if (kernels == nullptr) {
+        throw Error(Status::invalid_argument,
+                    "isa is '" + isa + "'; this CPU can run: auto, " + join_isas());
+    }
+    return *kernels;
+}
+
+FileBytes open_bytes(const py::object& path, const py::object& data) {
+    if (!path.is_none()) return FileBytes::map(path.cast<std::string>());
+    const auto view = data.cast<std::string_view>();
+    return FileBytes::copy_of(
+        {reinterpret_cast<const std::uint8_t*>(view.data()), view.size()});
+}
+
+// A GGUF file for the Python side: its metadata and the raw bytes of its tensors.
+struct GgufReader {
+    FileBytes bytes;
+    GgufFile file;
+};
+
+std::shared_ptr<GgufReader> open_gguf(const py::object& data, const py::object& path,
+                                      const std::string& name) {
+    FileBytes bytes = open_bytes(path, data);
+    GgufFile file = GgufFile::parse(bytes.span(), name);
+    return std::make_shared<GgufReader>(GgufReader{std::move(bytes), std::move(file)});
+}
+
+py::object gguf_value(const GgufValue& value) {
+    return std::visit(
+        [](const auto& v) -> py::object {
+            using T = std::decay_t<decltype(v)>;
+            if constexpr (std::is_same_v<T, GgufStrings>) {
+                py::list items;
+                for (const std::string& s : v.items) {
+                    items.append(py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(
+                        s.data(), static_cast<Py_ssize_t>(s.size()), "replace")));
+                }
+                return items;
+            } else if constexpr (std::is_same_v<T, GgufFloats> || std::is_same_v<T, GgufInts>) {
+                return py::cast(v.items);
+            } else if constexpr (std::is_same_v<T, std::string>) {
+                return py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(
+                    v.data(), static_cast<Py_ssize_t>(v.size()), "replace"));
+            } else {
+                return py::cast(v);
+            }
+        },
+        value);
+}
+
+py::dict gguf_metadata(const GgufReader& reader) {
+    py::dict result;
+    for (const auto& [key, value] : reader.file.metadata()) {
+        result[py::str(key)] = gguf_value(value);
+    }
+    return result;
+}
+
+py::list gguf_tensors(const GgufReader& reader) {
+    py::list result;
+    for (const GgufTensor& tensor : reader.file.tensors()) {
+        py::tuple shape = py::make_tuple(tensor.rows, tensor.cols);
+        if (tensor.n_dims == 1) shape = py::make_tuple(tensor.cols);
+        result.append(py::make_tuple(tensor.name, dtype_name(tensor.dtype), shape));
+    }
+    return result;
+}
+
+py::array gguf_tensor_bytes(const std::shared_ptr<GgufReader>& reader, const std::string& name) {
+    const GgufTensor* tensor = reader->file.find_tensor(name);
+    if (tensor == nullptr) {
+        throw Error(Status::format_error,
+                    reader->file.name() + ": tensor " + name + " is missing");
+    }
+    py::array_t<std::uint8_t> view(static_cast<py::ssize_t>(tensor->bytes.size),
+                                   tensor->bytes.data, py::cast(reader));
+    view.attr("setflags")(py::arg("write") = false);
+    return view;
+}
+
+std::shared_ptr<const Model> open_model(const py::object& path, const py::object& data,
+                                        std::string name, int n_threads, const std::string& isa,
+                                        std::int32_t max_seq_len) {
+    if (path.is_none() == data.is_none()) {
+        throw Error(Status::invalid_argument, "give either path or data");
+    }
+    if (name.empty()) name = path.is_none() ? "model" : path.cast<std::string>();
+    FileBytes bytes = open_bytes(path, data);
+    const py::gil_scoped_release release;
+    return Model::open(std::move(bytes), name, {n_threads, isa, max_seq_len});
+}
+
+py::dict config_dict(const Model& model) {
+    const Config& c = model.config();
+    py::dict result;
+    result["dim"] = c.dim;
+    result["hidden_dim"] = c.hidden_dim;
+    result["n_layers"] = c.n_layers;
+    result["n_heads"] = c.n_heads;
+    result["n_kv_heads"] = c.n_kv_heads;
+    result["head_dim"] = c.head_dim;
+    result["vocab_size"] = c.vocab_size;
+    result["max_seq_len"] = c.max_seq_len;
+    result["rope_theta"] = c.rope_theta;
+    result["rope_factors"] = c.rope_factors;
+    result["norm_eps"] = c.norm_eps;
+    result["tie_embeddings"] = c.tie_embeddings;
+    return result;
+}
+
+py::dict info_dict(const Model& model) {
+    const Config& c = model.config();
+    py::dict result;
+    result["path"] = model.name();
+    result["dtype"] = dtype_name(model.weights().lm_head.dtype);
+    result["isa"] = model.kernels().name;
+    result["n_threads"] = model.n_threads();
+    result["openmp"] = has_openmp();
+    result["parameters"] = model.weights().n_parameters;
+    result["bytes"] = model.weights().n_bytes;
+    result["kv_bytes_per_token"] =
+        2 * static_cast<std::int64_t>(sizeof(float)) * c.n_layers * c.kv_dim();
+    return result;
+}
+
+using Tokens = std::vector<std::int32_t>;
+
+py::list feed_sessions(const std::vector<Session*>& sessions, const std::vector<Tokens>& tokens,
+                       bool all_logits) {
+    if (sessions.size() != tokens.size()) {
+        throw Error(Status::invalid_argument,
+                    std::to_string(sessions.size()) + " sessions, but tokens for " +
+                        std::to_string(tokens.size()));
+    }
+    py::list results;
+    std::vector<Feed> feeds;
+    for (std::size_t i = 0; i < sessions.size(); ++i) {
+        const auto rows = static_cast<py::ssize_t>(all_logits ? tokens[i].size() : 0);
+        py::array_t<float> logits(
+            {rows, static_cast<py::ssize_t>(sessions[i]->model().config().vocab_size)});
+        feeds.push_back({sessions[i], tokens[i], rows > 0 ? logits.mutable_data() : nullptr});
+        results.append(std::move(logits));
+    }
+    const py::gil_scoped_release release;
+    feed(feeds, check_signals);
+    return results;
+}
+
+void trace_session(Session& session, const Tokens& tokens, const py::function& tap) {
+    const Tap show = [&](const std::string& stage, const float* values, std::int64_t n_rows,
+                         std::int64_t width) {
+        const py::gil_scoped_acquire gil;
+        tap(stage, py::array_t<float>({n_rows, width}, values));
+    };
+    std::vector<float> logits(tokens.size() *
+                              static_cast<std::size_t>(session.model().config().vocab_size));
+    const py::gil_scoped_release release;
+    feed({{&session, tokens, logits.data()}}, check_signals, &show);
+}
+
+py::array_t<double> score_tokens(Session& session, const Tokens& tokens) {
+    std::vector<double> scores;
+    {
+        const py::gil_scoped_release release;
+        scores = score(session, tokens, check_signals);
+    }
+    return py::array_t<double>(static_cast<py::ssize_t>(scores.size()), scores.data());
+}
+
+void require(bool condition, const char* message) {
+    if (!condition) throw Error(Status::invalid_argument, message);
+}
+
+py::array_t<float> kernel_matmul(const std::string& isa, const std::string& dtype,
+                                 const py::array& weights, std::int64_t rows, std::int64_t cols,
+                                 const Array<float>& x, std::int64_t begin, std::int64_t end) {
+    const KernelTable& k = kernels_named(isa);
+    if (end < 0) end = rows;
+    require(x.ndim() == 2 && x.shape(1) == cols, "x must be (n_tokens, cols)");
+    require(0 <= begin && begin <= end && end <= rows, "begin and end must lie in [0, rows]");
+    require((weights.flags() & py::array::c_style) != 0, "weights must be contiguous");
+    const std::int64_t n_tokens = x.shape(0);
+    const auto n_bytes = static_cast<std::int64_t>(weights.nbytes());
+    py::array_t<float> y({n_tokens, rows});
+    std::fill(y.mutable_data(), y.mutable_data() + y.size(), 0.0f);
+    if (dtype == "f32") {
+        require(n_bytes == rows * cols * 4, "weights have the wrong size");
+        k.matmul_f32(y.mutable_data(), rows, static_cast<const float*>(weights.data()), cols,
+                     x.data(), cols, n_tokens, begin, end);
+    } else if (dtype == "bf16") {
+        require(n_bytes == rows * cols * 2, "weights have the wrong size");
+        k.matmul_bf16(y.mutable_data(), rows, static_cast<const std::uint16_t*>(weights.data()),
+                      cols, x.data(), cols, n_tokens, begin, end);
+    } else {
+        require(dtype == "q8_0" && cols % 32 == 0, "dtype must be f32, bf16 or q8_0");
+        require(n_bytes == rows * cols / 32 * 34, "weights have the wrong size");
+        std::vector<ActQ8> quantized(static_cast<std::size_t>(n_tokens * cols / 32));
+        for (std::int64_t t = 0; t < n_tokens; ++t) {
+            k.quantize_q8(quantized.data() + t * cols / 32, x.data() + t * cols, cols);
+        }
+        k.matmul_q8_0(y.mutable_data(), rows, static_cast<const BlockQ8_0*>(weights.data()), cols,
+                      quantized.data(), cols / 32, n_tokens, begin, end);
+    }
+    return y;
+}
+
+py::array_t<float> kernel_unary(const std::string& isa, const std::string& name,
+                                const py::args& arrays, float scalar) {
+    const KernelTable& k = kernels_named(isa);
+    std::vector<Array<float>> in;
+    for (const py::handle& array : arrays) in.push_back(py::cast<Array<float>>(array));
+    require(!in.empty(), "no input");
+    py::array_t<float> out(std::vector<py::ssize_t>(in[0].shape(), in[0].shape() + in[0].ndim()));
+    std::copy(in[0].data(), in[0].data() + in[0].size(), out.mutable_data());
+    const std::int64_t n = in[0].size();
+    if (name == "rms_norm") {
+        require(in.size() == 2 && in[1].size() == n, "rms_norm takes x, weight");
+        k.rms_norm(out.mutable_data(), in[0].data(), in[1].data(), n, scalar);
+    } else if (name == "rope") {
+        require(in.size() == 3 && in[0].ndim() == 2 && in[1].size() * 2 == in[0].shape(1) &&
+                    in[2].size() == in[1].size(),
+                "rope takes x (n_heads, head_dim), cos, sin");
+        k.rope(out.mutable_data(), in[1].data(), in[2].data(), in[0].shape(0), in[0].shape(1));
+    } else if (name == "swiglu") {
+        require(in.size() == 2 && in[1].size() == n, "swiglu takes gate, up");
+        k.swiglu(out.mutable_data(), in[0].data(), in[1].data(), n);
+    } else if (name == "add") {
+        require(in.size() == 2 && in[1].size() == n, "add takes x, y");
+        k.add(out.mutable_data(), in[1].data(), n);
+    } else if (name == "attend") {
+        require(in.size() == 3 && in[1].ndim() == 2 && in[1].shape(1) == n &&
+                    in[2].size() == in[1].size(),
+                "attend takes q (head_dim,), k (n, head_dim), v (n, head_dim)");
+        std::vector<float> scores(static_cast<std::size_t>(in[1].shape(0)));
+        k.attend(out.mutable_data(), in[0].data(), in[1].data(), in[2].data(), n,
+                 in[1].shape(0), n, scores.data());
+    } else {
+        require(name == "quantize_q8" && n % 32 == 0, "unknown kernel, or size not a multiple of 32");
+        std::vector<ActQ8> blocks(static_cast<std::size_t>(n / 32));
+        k.quantize_q8(blocks.data(), in[0].data(), n);
+        for (std::int64_t i = 0; i < n; ++i) {
+            const ActQ8& block = blocks[static_cast<std::size_t>(i / 32)];
+            out.mutable_data()[i] = block.scale * static_cast<float>(block.q[i % 32]);
+        }
+    }
+    return out;
+}
+
+void bind_text(py::module_& m) {
+    py::class_<GgufReader, std::shared_ptr<GgufReader>>(m, "GgufReader")
+        .def(py::init(&open_gguf), py::arg("data") = py::none(), py::arg("path") = py::none(),
+             py::arg("name") = "model")
+        .def("metadata", &gguf_metadata)
+        .def("tensors", &gguf_tensors)
+        .def("tensor_bytes", &gguf_tensor_bytes, py::arg("name"));
+
+    py::class_<Tokenizer>(m, "Tokenizer")
+        .def_property_readonly("vocab_size", &Tokenizer::vocab_size)
+        .def_property_readonly("bos_id", &Tokenizer::bos_id)
+        .def_property_readonly("eos_id", &Tokenizer::eos_id)
+        .def_property_readonly("unk_id", &Tokenizer::unk_id)
+        .def_property_readonly("add_bos", &Tokenizer::add_bos)
+        .def("encode", &Tokenizer::encode, py::arg("text"), py::arg("bos"), py::arg("eos"),
+             py::call_guard<py::gil_scoped_release>())
+        .def(
+            "decode",
+            [](const Tokenizer& self, const Tokens& tokens, bool at_start) {
+                return py::bytes(self.decode(tokens, at_start));
+            },
+            py::arg("tokens"), py::arg("at_start") = true)
+        .def(
+            "token_bytes",
+            [](const Tokenizer& self, std::int32_t token) {
+                return py::bytes(self.token_bytes(token));
+            },
+            py::arg("token"));
+
+    py::class_<StreamDecoder>(m, "StreamDecoder")
+        .def(py::init<const Tokenizer&, bool>(), py::arg("tokenizer"), py::arg("at_start"),
+             py::keep_alive<1, 2>())
+        .def("push", &StreamDecoder::push, py::arg("token"))
+        .def("finish", &StreamDecoder::finish);
+}
+
+void bind_model(py::module_& m) {
+    py::class_<SamplingParams>(m, "SamplingParams")
+        .def(py::init<>())
+        .def_readwrite("temperature", &SamplingParams::temperature)
+        .def_readwrite("top_k", &SamplingParams::top_k)
+        .def_readwrite("top_p", &SamplingParams::top_p)
+        .def_readwrite("min_p", &SamplingParams::min_p)
+        .def_readwrite("repetition_penalty", &SamplingParams::repetition_penalty)
+        .def_readwrite("presence_penalty", &SamplingParams::presence_penalty)
+        .def_readwrite("frequency_penalty", &SamplingParams::frequency_penalty)
+        .def_readwrite("n_prompt_tokens", &SamplingParams::n_prompt_tokens)
+        .def_readwrite("logit_bias", &SamplingParams::logit_bias)
+        .def_readwrite("banned", &SamplingParams::banned);
+
+    // A model is const in C++; pybind11 holds it as shared_ptr<Model> and only const methods
+    // are bound.
+    py::class_<Model, std::shared_ptr<Model>>(m, "Model")
+        .def(py::init([](const py::object& path, const py::object& data, const std::string& name,
+                         int n_threads, const std::string& isa, std::int32_t max_seq_len) {
+                 return std::const_pointer_cast<Model>(
+                     open_model(path, data, name, n_threads, isa, max_seq_len));
+             }),
+             py::arg("path") = py::none(), py::arg("data") = py::none(), py::arg("name") = "",
+             py::arg("n_threads") = 0, py::arg("isa") = "", py::arg("max_seq_len") = 0)
+        .def_property_readonly("tokenizer", &Model::tokenizer,
+                               py::return_value_policy::reference_internal)
+        .def_property_readonly("config", &config_dict)
+        .def_property_readonly("info", &info_dict);
+
+    py::class_<Session>(m, "Session")
+        .def(py::init([](const std::shared_ptr<Model>& model, std::uint64_t seed) {
+                 return std::make_unique<Session>(model, seed);
+             }),
+             py::arg("model"), py::arg("seed"))
+        .def_property_readonly("tokens", &Session::tokens)
+        .def_property_readonly("n_tokens", &Session::n_tokens)
+        .def_property_readonly("seed", &Session::seed)
+        .def("logits",
+             [](Session& self) {
+                 std::vector<float> logits;
+                 {
+                     const py::gil_scoped_release release;
+                     logits = self.logits();
+                 }
+                 return py::array_t<float>(static_cast<py::ssize_t>(logits.size()),
+                                           logits.data());
+             })
+        .def("rewind", &Session::rewind, py::arg("n_tokens"),
+             py::call_guard<py::gil_scoped_release>())
+        .def("fork", &Session::fork, py::arg("seed"), py::call_guard<py::gil_scoped_release>());
+
+    m.def("forward", &feed_sessions, py::arg("sessions"), py::arg("tokens"),
+          py::arg("all_logits") = false);
+    m.def(
+        "sample", [](Session& session, const SamplingParams& params) { return session.sample(params); },
+        py::arg("session"), py::arg("params"), py::call_guard<py::gil_scoped_release>());
+    m.def("top_logprobs", &Session::top_log_probabilities, py::arg("session"), py::arg("n"),
+          py::call_guard<py::gil_scoped_release>());
+    m.def("score", &score_tokens, py::arg("session"), py::arg("tokens"));
+    m.def("trace", &trace_session, py::arg("session"), py::arg("tokens"), py::arg("tap"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "The compiled core of tinyllama.";
+    m.attr("__version__") = TINYLLAMA_VERSION;
+    py::register_exception_translator(&translate_error);
+    m.def("supported_isas", [] {
+        std::vector<std::string> names;
+        for (const char* const* name = supported_isas(); *name != nullptr; ++name) {
+            names.emplace_back(*name);
+        }
+        return names;
+    });
+    m.def("has_openmp", &has_openmp);
+    bind_text(m);
+    bind_model(m);
+    m.def("kernel_matmul", &kernel_matmul, py::arg("isa"), py::arg("dtype"), py::arg("weights"),
+          py::arg("rows"), py::arg("cols"), py::arg("x"), py::arg("begin") = 0,
+          py::arg("end") = -1);
+    m.def("kernel_unary", &kernel_unary, py::arg("isa"), py::arg("name"),
+          py::kw_only(), py::arg("scalar") = 0.0f);
+}

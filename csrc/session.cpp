@@ -1,0 +1,285 @@
+#include "session.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <utility>
+
+namespace tinyllama {
+
+// Rows computed together: enough to read each weight once for many, small enough for the caches.
+constexpr std::size_t max_rows = 128;
+
+// Sessions are used by one thread at a time; a second one gets an error, not corruption.
+class SessionLock {
+public:
+    explicit SessionLock(Session& session) : session_(&session) {
+        if (session.in_use_.exchange(true)) {
+            session_ = nullptr;
+            throw Error(Status::busy, "the session is in use by another thread");
+        }
+    }
+    SessionLock(SessionLock&& other) noexcept : session_(std::exchange(other.session_, nullptr)) {}
+    SessionLock(const SessionLock&) = delete;
+    SessionLock& operator=(const SessionLock&) = delete;
+    ~SessionLock() {
+        if (session_ != nullptr) session_->in_use_.store(false);
+    }
+
+private:
+    Session* session_;
+};
+
+namespace {
+
+class BorrowedWorkspace {
+public:
+    explicit BorrowedWorkspace(const Model& model)
+        : model_(model), workspace_(model.borrow_workspace()) {}
+    BorrowedWorkspace(const BorrowedWorkspace&) = delete;
+    BorrowedWorkspace& operator=(const BorrowedWorkspace&) = delete;
+    ~BorrowedWorkspace() { model_.return_workspace(std::move(workspace_)); }
+    Workspace& operator*() { return *workspace_; }
+
+private:
+    const Model& model_;
+    std::unique_ptr<Workspace> workspace_;
+};
+
+void check_finite(const Model& model, const float* logits, std::int32_t pos) {
+    const std::int32_t vocab_size = model.config().vocab_size;
+    for (std::int32_t i = 0; i < vocab_size; ++i) {
+        if (std::isfinite(logits[i])) continue;
+        throw Error(Status::nonfinite, model.name() + ": the logit of token " +
+                                           std::to_string(i) + " at position " +
+                                           std::to_string(pos) + " is not finite");
+    }
+}
+
+void check_tokens(const Feed& feed, std::size_t n_before) {
+    const Model& model = feed.session->model();
+    const std::int32_t vocab_size = model.config().vocab_size;
+    for (const std::int32_t token : feed.tokens) {
+        if (token < 0 || token >= vocab_size) {
+            throw Error(Status::invalid_argument, "token " + std::to_string(token) +
+                                                      " is outside the " +
+                                                      std::to_string(vocab_size) + " tokens of " +
+                                                      model.name());
+        }
+    }
+    const auto room = static_cast<std::size_t>(model.config().max_seq_len) - n_before;
+    if (feed.tokens.size() > room) {
+        throw Error(Status::context_full,
+                    std::to_string(feed.tokens.size()) + " tokens do not fit: the context of " +
+                        std::to_string(model.config().max_seq_len) + " tokens has room for " +
+                        std::to_string(room));
+    }
+}
+
+}  // namespace
+
+// Locks all sessions of a batch, and takes back what was added unless commit() is reached.
+class FeedTransaction {
+public:
+    explicit FeedTransaction(const std::vector<Feed>& feeds) : feeds_(feeds) {
+        const Model* model = &feeds.front().session->model();
+        std::vector<const Session*> seen;
+        for (const Feed& feed : feeds) {
+            if (&feed.session->model() != model) {
+                throw Error(Status::invalid_argument, "the sessions of a batch are of two models");
+            }
+            seen.push_back(feed.session);
+        }
+        std::sort(seen.begin(), seen.end());
+        if (std::adjacent_find(seen.begin(), seen.end()) != seen.end()) {
+            throw Error(Status::invalid_argument, "a session is named twice in one batch");
+        }
+        for (const Feed& feed : feeds) locks_.emplace_back(*feed.session);
+        for (const Feed& feed : feeds) {
+            n_before_.push_back(feed.session->tokens_.size());
+            check_tokens(feed, n_before_.back());
+        }
+    }
+
+    FeedTransaction(const FeedTransaction&) = delete;
+    FeedTransaction& operator=(const FeedTransaction&) = delete;
+    ~FeedTransaction() {
+        if (committed_) return;
+        for (std::size_t i = 0; i < n_before_.size(); ++i) {
+            Session& session = *feeds_[i].session;
+            if (session.tokens_.size() == n_before_[i]) continue;
+            session.tokens_.resize(n_before_[i]);
+            session.logits_valid_ = false;
+        }
+    }
+
+    void commit() { committed_ = true; }
+
+private:
+    const std::vector<Feed>& feeds_;
+    std::vector<SessionLock> locks_;
+    std::vector<std::size_t> n_before_;
+    bool committed_ = false;
+};
+
+Session::Session(std::shared_ptr<const Model> model, std::uint64_t seed)
+    : model_(std::move(model)),
+      cache_(model_->config().n_layers, model_->config().kv_dim()),
+      random_{seed, 0} {}
+
+std::vector<std::int32_t> Session::tokens() {
+    const SessionLock lock(*this);
+    return tokens_;
+}
+
+std::int32_t Session::n_tokens() {
+    const SessionLock lock(*this);
+    return static_cast<std::int32_t>(tokens_.size());
+}
+
+std::vector<float> Session::logits() {
+    const SessionLock lock(*this);
+    compute_missing_logits();
+    return logits_;
+}
+
+std::pair<std::int32_t, double> Session::sample(const SamplingParams& params) {
+    const SessionLock lock(*this);
+    const std::int32_t vocab_size = model_->config().vocab_size;
+    validate(params, vocab_size);
+    compute_missing_logits();
+    const std::int32_t token = tinyllama::sample(logits_, tokens_, params, random_);
+    return {token, log_probability(logits_.data(), vocab_size, token)};
+}
+
+std::vector<std::pair<std::int32_t, double>> Session::top_log_probabilities(std::int32_t n) {
+    const SessionLock lock(*this);
+    compute_missing_logits();
+    return tinyllama::top_log_probabilities(logits_, n);
+}
+
+// The last token is computed again: the promise of invariance makes its logits the same bits.
+void Session::compute_missing_logits() {
+    if (tokens_.empty()) {
+        throw Error(Status::invalid_argument, "the session is empty: feed it a token first");
+    }
+    if (logits_valid_) return;
+    logits_.resize(static_cast<std::size_t>(model_->config().vocab_size));
+    BorrowedWorkspace workspace(*model_);
+    const auto pos = static_cast<std::int32_t>(tokens_.size()) - 1;
+    forward(*model_, {Row{&cache_, pos, tokens_.back(), logits_.data()}}, *workspace);
+    check_finite(*model_, logits_.data(), pos);
+    logits_valid_ = true;
+}
+
+void Session::rewind(std::int32_t n_tokens) {
+    const SessionLock lock(*this);
+    if (n_tokens < 0 || static_cast<std::size_t>(n_tokens) > tokens_.size()) {
+        throw Error(Status::invalid_argument, "cannot rewind to " + std::to_string(n_tokens) +
+                                                  " tokens: the session has " +
+                                                  std::to_string(tokens_.size()));
+    }
+    if (static_cast<std::size_t>(n_tokens) == tokens_.size()) return;
+    tokens_.resize(static_cast<std::size_t>(n_tokens));
+    logits_valid_ = false;
+}
+
+std::unique_ptr<Session> Session::fork(std::uint64_t seed) {
+    const SessionLock lock(*this);
+    auto copy = std::make_unique<Session>(model_, seed);
+    copy->tokens_ = tokens_;
+    copy->cache_ = cache_;
+    copy->logits_ = logits_;
+    copy->logits_valid_ = logits_valid_;
+    return copy;
+}
+
+void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_chunks,
+          const Tap* tap) {
+    if (feeds.empty()) return;
+    FeedTransaction transaction(feeds);
+    const Model& model = feeds.front().session->model();
+    const auto vocab_size = static_cast<std::size_t>(model.config().vocab_size);
+    BorrowedWorkspace workspace(model);
+    std::vector<Row> rows;
+    const auto flush = [&] {
+        forward(model, rows, *workspace, tap);
+        for (const Row& row : rows) {
+            if (row.logits != nullptr) check_finite(model, row.logits, row.pos);
+        }
+        rows.clear();
+    };
+    for (const Feed& feed : feeds) {
+        Session& session = *feed.session;
+        if (feed.tokens.empty()) continue;
+        const std::size_t n_before = session.tokens_.size();
+        session.cache_.reserve(static_cast<std::int32_t>(n_before + feed.tokens.size()),
+                               model.config().max_seq_len);
+        session.logits_.resize(vocab_size);
+        session.tokens_.reserve(n_before + feed.tokens.size());
+        for (std::size_t i = 0; i < feed.tokens.size(); ++i) {
+            float* logits = nullptr;
+            if (feed.all_logits != nullptr) {
+                logits = feed.all_logits + i * vocab_size;
+            } else if (i + 1 == feed.tokens.size()) {
+                logits = session.logits_.data();
+            }
+            rows.push_back({&session.cache_, static_cast<std::int32_t>(n_before + i),
+                            feed.tokens[i], logits});
+            session.tokens_.push_back(feed.tokens[i]);
+            if (rows.size() == max_rows) {
+                flush();
+                between_chunks();
+            }
+        }
+    }
+    flush();
+    for (const Feed& feed : feeds) {
+        if (feed.tokens.empty()) continue;
+        if (feed.all_logits != nullptr) {
+            const float* last = feed.all_logits + (feed.tokens.size() - 1) * vocab_size;
+            std::copy(last, last + vocab_size, feed.session->logits_.begin());
+        }
+        feed.session->logits_valid_ = true;
+    }
+    transaction.commit();
+}
+
+std::vector<double> score(Session& session, const std::vector<std::int32_t>& tokens,
+                          const std::function<void()>& between_chunks) {
+    const std::int32_t vocab_size = session.model().config().vocab_size;
+    std::vector<double> scores(tokens.size(), std::numeric_limits<double>::quiet_NaN());
+    if (tokens.empty()) return scores;
+    const std::int32_t n_before = session.n_tokens();
+    if (n_before > 0) {
+        const std::vector<float> logits = session.logits();
+        if (tokens[0] >= 0 && tokens[0] < vocab_size) {
+            scores[0] = log_probability(logits.data(), vocab_size, tokens[0]);
+        }
+    }
+    check_tokens({&session, tokens, nullptr}, static_cast<std::size_t>(n_before));
+    std::vector<float> logits(std::min(tokens.size(), max_rows) *
+                              static_cast<std::size_t>(vocab_size));
+    try {
+        for (std::size_t begin = 0; begin < tokens.size(); begin += max_rows) {
+            const std::size_t end = std::min(tokens.size(), begin + max_rows);
+            const auto at = [&](std::size_t i) {
+                return tokens.begin() + static_cast<std::ptrdiff_t>(i);
+            };
+            feed({{&session, {at(begin), at(end)}, logits.data()}}, between_chunks);
+            for (std::size_t i = begin + 1; i < std::min(tokens.size(), end + 1); ++i) {
+                const float* row =
+                    logits.data() + (i - 1 - begin) * static_cast<std::size_t>(vocab_size);
+                scores[i] = log_probability(row, vocab_size, tokens[i]);
+            }
+            between_chunks();
+        }
+    } catch (...) {
+        session.rewind(n_before);
+        throw;
+    }
+    return scores;
+}
+
+}  // namespace tinyllama

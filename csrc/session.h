@@ -1,0 +1,77 @@
+// A session: one timeline of tokens, with its cache, its next logits and its random state.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "forward.h"
+#include "kv_cache.h"
+#include "model.h"
+#include "sampler.h"
+
+namespace tinyllama {
+
+struct Feed;
+
+class Session {
+public:
+    Session(std::shared_ptr<const Model> model, std::uint64_t seed);
+
+    const Model& model() const { return *model_; }
+    const std::shared_ptr<const Model>& shared_model() const { return model_; }
+    std::uint64_t seed() const { return random_.seed; }
+    std::vector<std::int32_t> tokens();
+    std::int32_t n_tokens();
+
+    // Logits (vocab_size) after the last token. Throws Error(invalid_argument) when there is none.
+    std::vector<float> logits();
+    // Draws the next token without feeding it: the token and the logarithm of its probability
+    // under the unmodified distribution.
+    std::pair<std::int32_t, double> sample(const SamplingParams& params);
+    std::vector<std::pair<std::int32_t, double>> top_log_probabilities(std::int32_t n);
+
+    // Keeps the first n_tokens.
+    void rewind(std::int32_t n_tokens);
+    // A copy with the same past and a random state of its own.
+    std::unique_ptr<Session> fork(std::uint64_t seed);
+
+private:
+    friend class SessionLock;
+    friend class FeedTransaction;
+    friend void feed(const std::vector<Feed>& feeds,
+                     const std::function<void()>& between_chunks, const Tap* tap);
+
+    void compute_missing_logits();
+
+    std::shared_ptr<const Model> model_;
+    std::vector<std::int32_t> tokens_;
+    KvCache cache_;
+    std::vector<float> logits_;
+    bool logits_valid_ = false;  // false after a rewind, until the last token is computed again
+    RandomState random_;
+    std::atomic<bool> in_use_{false};
+};
+
+// Tokens to append to one session.
+struct Feed {
+    Session* session;
+    std::vector<std::int32_t> tokens;
+    float* all_logits;  // (tokens.size(), vocab_size) out, or null
+};
+
+// Appends tokens to sessions of one model as one batch, cut into chunks where it is long;
+// between_chunks may throw to stop. Throws Error before anything changes: invalid_argument for a
+// token outside the vocabulary, a session named twice or of another model; context_full; busy.
+// Whatever is thrown later (nonfinite logits, a stop) leaves every session as it was.
+void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_chunks,
+          const Tap* tap = nullptr);
+
+// Appends tokens to one session and returns, for each, the logarithm of its probability given all
+// before it: NaN for the first token of an empty session.
+std::vector<double> score(Session& session, const std::vector<std::int32_t>& tokens,
+                          const std::function<void()>& between_chunks);
+
+}  // namespace tinyllama
