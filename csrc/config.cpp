@@ -114,7 +114,8 @@ double read_linear_scaling(const GgufFile& file) {
         const std::string& type = file.get_string(type_key);
         if (type == "none") return 1.0;
         if (type != "linear") {
-            refuse(std::string(type_key) + " is " + quoted(type) + "; known are 'none' and 'linear'");
+            refuse(std::string(type_key) + " is " + quoted(type) +
+                   "; known are 'none' and 'linear'");
         }
     }
     for (const char* key : {"llama.rope.scaling.factor", "llama.rope.scale_linear"}) {
@@ -214,7 +215,8 @@ void validate(const Config& config) {
                "; rotary embedding needs an even one");
     }
     // q_dim() and kv_dim() are int32.
-    check_range("n_heads * head_dim", std::int64_t{config.n_heads} * config.head_dim, max_hidden_dim);
+    const std::int64_t q_dim = std::int64_t{config.n_heads} * config.head_dim;
+    check_range("n_heads * head_dim", q_dim, max_hidden_dim);
     check_positive("rope_theta", static_cast<double>(config.rope_theta));
     check_positive("norm_eps", static_cast<double>(config.norm_eps));
     if (config.rope_factors.size() != static_cast<std::size_t>(config.head_dim / 2)) {
