@@ -57,4 +57,12 @@ struct KernelTable {
                    int64_t n_positions, int64_t head_dim, float* scores);
 };
 
+// The sets that are compiled in, each defined by the file of its name.
+extern const KernelTable kernels_generic;
+#ifdef __x86_64__
+extern const KernelTable kernels_avx2;
+extern const KernelTable kernels_avx512;
+extern const KernelTable kernels_avx512vnni;
+#endif
+
 }  // namespace tinyllama

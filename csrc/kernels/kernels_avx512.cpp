@@ -1,0 +1,17 @@
+// Kernels for AVX-512 without VNNI. Compile with
+//   -O3 -ffp-contract=off -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx2 -mfma -mf16c
+#include "kernel_table.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+
+namespace tinyllama {
+namespace {
+#include "vectors_avx512.inc"
+#include "kernels_x86.inc"
+}  // namespace
+
+const KernelTable kernels_avx512 = x86_table("avx512");
+
+}  // namespace tinyllama
+#endif
