@@ -1,0 +1,318 @@
+"""Documents out of files: text, JSONL, JSON, CSV and Parquet, plain or compressed."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import glob
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from ..errors import ArgumentError, FormatError, MissingExtraError
+
+SEPARATOR = "<|endoftext|>"
+AUTO_FIELDS = ("story", "text", "content")
+
+PathLike = str | os.PathLike[str]
+
+
+class Documents:
+    """The documents of files, folders and globs, in order: an iterable of (where, text).
+
+    ``where`` names the file and the line or record, for messages; ``text`` has no white space
+    at its ends and may be empty. What a document is:
+
+    - ``.txt``: what stands between lines that read ``separator``; without any, the whole file.
+    - ``.jsonl``, ``.json`` (a list of objects or of strings), ``.csv``/``.tsv`` (with a header)
+      and ``.parquet``: the value of ``field`` in each record; without ``field``, the first of
+      story, text and content that a record has.
+
+    Each may end in ``.gz`` or ``.zst`` as well. A folder stands for all such files in it and
+    below, sorted; a file named twice is read once. Memory holds one document at a time, but for
+    ``.json``, which cannot be read in parts.
+
+    ``replace_invalid``: bytes that are not UTF-8 are taken as Windows-1252, and the callable is
+    told (where, offset); without it they are a FormatError, like every damaged file, missing
+    field or value that is not text. The constructor raises OSError for missing files and
+    ArgumentError for inputs that name no readable file.
+    """
+
+    def __init__(
+        self,
+        inputs: PathLike | Iterable[PathLike],
+        *,
+        field: str | None = None,
+        separator: str = SEPARATOR,
+        replace_invalid: Callable[[str, int], None] | None = None,
+    ) -> None:
+        self.paths = find_files(inputs)
+        self.field = field
+        self.separator = separator
+        self.replace_invalid = replace_invalid
+        #: bytes on disk in all files, and how many of them have been read: for progress bars
+        self.size = sum(path.stat().st_size for path in self.paths)
+        self._finished = 0
+        self._raw: BinaryIO | None = None
+
+    @property
+    def position(self) -> int:
+        return self._finished + (self._raw.tell() if self._raw else 0)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        self._finished = 0
+        for path in self.paths:
+            with open(path, "rb") as raw:
+                self._raw = raw
+                try:
+                    for record, text in self._read(path, raw):
+                        yield f"{path}: {record}", text.strip()
+                except (EOFError, zlib.error, OSError) as error:
+                    if isinstance(error, OSError) and error.errno is not None:
+                        raise
+                    raise FormatError(f"{path}: damaged compressed data: {error}") from None
+                finally:
+                    self._raw = None
+            self._finished += path.stat().st_size
+
+    def _read(self, path: Path, raw: BinaryIO) -> Iterator[tuple[str, str]]:
+        kind, compression = _kind(path)
+        stream = _decompressed(raw, compression)
+        if kind == "parquet":  # read from its end, so a compressed one has to be in memory
+            file = io.BytesIO(stream.read()) if compression else raw
+            return _read_parquet(file, self.field, path)
+        lines = _lines(stream, path, self.replace_invalid)
+        if kind == "text":
+            return _read_text(lines, self.separator)
+        if kind == "jsonl":
+            return _read_jsonl(lines, self.field, path)
+        if kind == "json":
+            return _read_json(lines, self.field, path)
+        return _read_csv(lines, self.field, path, "\t" if kind == "tsv" else ",")
+
+
+KINDS = {
+    ".txt": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+
+
+def _kind(path: Path) -> tuple[str, str | None]:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
+    if compression:
+        suffixes.pop()
+    kind = KINDS.get(suffixes[-1]) if suffixes else None
+    if kind is None:
+        raise FormatError(
+            f"{path}: unknown kind of file, expected {', '.join(KINDS)},"
+            f" or one of these with {' or '.join(COMPRESSIONS)} after it"
+        )
+    return kind, compression
+
+
+def find_files(inputs: PathLike | Iterable[PathLike]) -> list[Path]:
+    """The files that ``inputs`` (files, folders, globs) stand for, in order, each once."""
+    if isinstance(inputs, (str, os.PathLike)):
+        inputs = [inputs]
+    found: dict[Path, None] = {}
+    for path in map(Path, inputs):
+        name = str(path)
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if file.is_file() and _readable(file))
+            if not files:
+                raise ArgumentError(f"{name}: the folder holds no {', '.join(KINDS)} file")
+        elif path.exists():
+            _kind(path)
+            files = [path]
+        elif glob.has_magic(name):
+            files = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
+            files = [file for file in files if file.is_file()]
+            if not files:
+                raise FileNotFoundError(f"{name}: no file matches")
+            for file in files:
+                _kind(file)
+        else:
+            raise FileNotFoundError(f"{name}: no such file or folder")
+        found.update(dict.fromkeys(files))
+    if not found:
+        raise ArgumentError("no input was named")
+    return list(found)
+
+
+def _readable(path: Path) -> bool:
+    try:
+        _kind(path)
+    except FormatError:
+        return False
+    return not path.name.startswith(".")
+
+
+def _decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
+    if compression == "gzip":
+        return gzip.open(raw)  # type: ignore[return-value]
+    if compression == "zstd":
+        try:
+            import pyarrow
+        except ImportError:
+            raise MissingExtraError("pyarrow", "train") from None
+        return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"))
+    return raw
+
+
+def _take_as_windows_1252(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeDecodeError):
+        raise error
+    # The five bytes Windows-1252 leaves undefined stay control characters, which ftfy knows.
+    damaged = error.object[error.start : error.end]
+    text = "".join(bytes([b]).decode("cp1252", "ignore") or chr(b) for b in damaged)
+    return text, error.end
+
+
+codecs.register_error("tinyllama-windows-1252", _take_as_windows_1252)
+
+
+def _lines(
+    stream: BinaryIO, path: Path, replace_invalid: Callable[[str, int], None] | None
+) -> Iterator[str]:
+    """Lines of UTF-8 without a byte order mark, each with its ``\\n`` (``\\r\\n`` becomes one)."""
+    offset = 0
+    for number, line in enumerate(stream, 1):
+        start = offset
+        offset += len(line)
+        if number == 1 and line.startswith(codecs.BOM_UTF8):
+            line = line[len(codecs.BOM_UTF8) :]
+            start += len(codecs.BOM_UTF8)
+        if line.endswith(b"\r\n"):
+            line = line[:-2] + b"\n"
+        try:
+            text = line.decode()
+        except UnicodeDecodeError as error:
+            at = start + error.start
+            if replace_invalid is None:
+                raise FormatError(
+                    f"{path}: line {number}: not UTF-8: byte 0x{line[error.start]:02X}"
+                    f" at offset {at} ({error.reason})"
+                ) from None
+            replace_invalid(f"{path}: line {number}", at)
+            text = line.decode(errors="tinyllama-windows-1252")
+        yield text
+
+
+def _read_text(lines: Iterator[str], separator: str) -> Iterator[tuple[str, str]]:
+    first, gathered = 1, list[str]()
+    number = 0
+    for number, line in enumerate(lines, 1):
+        if line.strip() == separator:
+            yield f"line {first}", "".join(gathered)
+            first, gathered = number + 1, []
+        else:
+            gathered.append(line)
+    # What follows the last separator is a document only if there is something.
+    if text := "".join(gathered).strip():
+        yield f"line {first}", text
+
+
+def _read_jsonl(lines: Iterator[str], field: str | None, path: Path) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise FormatError(f"{path}: {where}: not JSON: {error}") from None
+        yield where, _text_of(record, field, f"{path}: {where}")
+
+
+def _read_json(lines: Iterator[str], field: str | None, path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        records = json.loads("".join(lines))
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not JSON: {error}") from None
+    if not isinstance(records, list):
+        raise FormatError(f"{path}: holds a JSON {_json_name(records)}, expected a list of objects")
+    for number, record in enumerate(records, 1):
+        where = f"record {number}"
+        yield where, _text_of(record, field, f"{path}: {where}")
+
+
+def _read_csv(
+    lines: Iterator[str], field: str | None, path: Path, delimiter: str
+) -> Iterator[tuple[str, str]]:
+    csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 128 KiB
+    reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
+    try:
+        for number, record in enumerate(reader, 1):
+            where = f"record {number}"
+            if None in record:
+                raise FormatError(f"{path}: {where}: more values than the header has names")
+            yield where, _text_of(record, field, f"{path}: {where}")
+    except csv.Error as error:
+        raise FormatError(f"{path}: line {reader.line_num}: damaged CSV: {error}") from None
+
+
+def _read_parquet(stream: BinaryIO, field: str | None, path: Path) -> Iterator[tuple[str, str]]:
+    try:
+        import pyarrow.lib
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtraError("pyarrow", "train") from None
+    try:
+        file = pyarrow.parquet.ParquetFile(stream)
+        column = _choose(file.schema_arrow.names, field, str(path))
+        number = 0
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                where = f"record {number}"
+                yield where, _text_of({column: value}, column, f"{path}: {where}")
+    except pyarrow.lib.ArrowException as error:
+        raise FormatError(f"{path}: damaged Parquet data: {error}") from None
+
+
+def _choose(names: Iterable[Any], field: str | None, where: str) -> str:
+    names = list(names)
+    for name in (field,) if field is not None else AUTO_FIELDS:
+        if name in names:
+            return name
+    wanted = f"field {field!r}" if field is not None else f"any of {', '.join(AUTO_FIELDS)}"
+    has = ", ".join(map(str, names)) or "no fields"
+    raise FormatError(f"{where}: does not have {wanted}: it has {has} (name one with --field)")
+
+
+def _text_of(record: Any, field: str | None, where: str) -> str:
+    if isinstance(record, str) and field is None:
+        text: Any = record
+        name = "the record"
+    elif isinstance(record, dict):
+        name = _choose(record, field, where)
+        text = record[name]
+    else:
+        raise FormatError(f"{where}: holds a JSON {_json_name(record)}, expected an object")
+    if not isinstance(text, str):
+        raise FormatError(f"{where}: {name} is {_json_name(text)}, expected text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise FormatError(
+            f"{where}: {name} holds half a surrogate pair (U+{ord(text[error.start]):04X})"
+            f" at character {error.start}"
+        ) from None
+    return text
+
+
+def _json_name(value: Any) -> str:
+    names = {dict: "object", list: "list", str: "string", bool: "boolean", type(None): "null"}
+    return names.get(type(value), "number" if isinstance(value, (int, float)) else "value")
