@@ -1,1 +1,59 @@
 """File formats: each module reads one into a neutral Checkpoint and writes one from it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..errors import ArgumentError, FormatError
+from .checkpoint import Checkpoint
+
+__all__ = ["read_checkpoint"]
+
+KNOWN = (
+    "known: a GGUF file, a Hugging Face folder (config.json, model.safetensors, tokenizer),"
+    " llama2.c's .bin and .pt"
+)
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str] | bytes, tokenizer: str | os.PathLike[str] | None = None
+) -> Checkpoint:
+    """Read a model of any known format, recognised by its first bytes, or given as bytes.
+
+    ``tokenizer``: for llama2.c's files, which hold none; see ``llama2c.read_llama2c``.
+
+    Raises OSError when there is no such file, FormatError when it is of no known format or
+    damaged, ArgumentError when ``tokenizer`` is given for a file that holds its own.
+    """
+    from .llama2c import is_versioned, read_llama2c
+
+    if isinstance(path, bytes):
+        head, suffix, source = path[:4], "", "model bytes"
+    elif Path(path).is_dir():
+        head, suffix, source = b"", "folder", str(path)
+    else:
+        with open(path, "rb") as stream:
+            head, suffix, source = stream.read(4), Path(path).suffix, str(path)
+
+    if is_versioned(head) or (suffix == ".bin" and head != b"GGUF"):
+        return read_llama2c(path, tokenizer)
+    if head == b"PK\3\4" and suffix != "folder" and not isinstance(path, bytes):
+        from .llama2c_pt import read_llama2c_pt
+
+        return read_llama2c_pt(path, tokenizer)
+    if tokenizer is not None:
+        raise ArgumentError(f"{source}: tokenizer is given, but this format holds its own")
+    if head == b"GGUF":
+        from .gguf_read import read_gguf
+
+        return read_gguf(path)
+    if suffix == "folder" and not isinstance(path, bytes):
+        from .hf import load_hf
+
+        if not (Path(path) / "config.json").is_file():
+            raise FormatError(f"{source}: a folder without config.json is no model; {KNOWN}")
+        return load_hf(path)
+    if suffix == ".safetensors":
+        raise FormatError(f"{source}: only the weights of a model; give the folder it lies in")
+    raise FormatError(f"{source}: unknown format (it begins {head!r}); {KNOWN}")

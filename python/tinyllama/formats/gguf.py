@@ -24,7 +24,7 @@ BLOCK = 32  # values of a q8_0 block: a float16 scale, then 32 int8
 # dtype -> (ggml type of a tensor, general.file_type of a file made mostly of it)
 GGML_TYPES = {"f32": (0, 0), "f16": (1, 1), "q8_0": (8, 7), "bf16": (30, 32)}
 
-_LAYER_NAMES = {
+LAYER_NAMES = {
     "attn_norm": "attn_norm",
     "wq": "attn_q",
     "wk": "attn_k",
@@ -35,7 +35,7 @@ _LAYER_NAMES = {
     "w_up": "ffn_up",
     "w_down": "ffn_down",
 }
-_TOP_NAMES = {"tok_embed": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
+TOP_NAMES = {"tok_embed": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
 
 
 def gguf_bytes(checkpoint: Checkpoint, dtype: str | None = None) -> bytes:
@@ -89,7 +89,7 @@ def _write(stream: BinaryIO, checkpoint: Checkpoint, dtype: str | None) -> None:
             tensor = rope_factors(config).astype(np.float32)
         else:
             tensor = _zero_padded(checkpoint.tensors[name], shape)
-        data = _encoded(tensor, dtypes[name], f"{checkpoint.source}: tensor {name}")
+        data = encode_tensor(tensor, dtypes[name], f"{checkpoint.source}: tensor {name}")
         stream.write(data)
         _pad(stream, data.nbytes)
 
@@ -98,10 +98,10 @@ def gguf_name(name: str) -> str:
     """``layers.3.wq`` -> ``blk.3.attn_q.weight``, and so on."""
     if name == "rope_factors":
         return "rope_freqs.weight"
-    if name in _TOP_NAMES:
-        return f"{_TOP_NAMES[name]}.weight"
+    if name in TOP_NAMES:
+        return f"{TOP_NAMES[name]}.weight"
     _, layer, kind = name.split(".")
-    return f"blk.{layer}.{_LAYER_NAMES[kind]}.weight"
+    return f"blk.{layer}.{LAYER_NAMES[kind]}.weight"
 
 
 def _tensor_dtype(shape: tuple[int, ...], dtype: str) -> str:
@@ -132,7 +132,7 @@ def _zero_padded(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
 # --- numbers ------------------------------------------------------------------------------------
 
 
-def _encoded(tensor: np.ndarray, dtype: str, what: str) -> np.ndarray:
+def encode_tensor(tensor: np.ndarray, dtype: str, what: str) -> memoryview:
     """float32 -> the bytes of a tensor of that dtype, little-endian. Raises NonFiniteError."""
     if not np.isfinite(tensor).all():
         raise NonFiniteError(f"{what} holds NaN or infinity")
@@ -149,7 +149,7 @@ def _encoded(tensor: np.ndarray, dtype: str, what: str) -> np.ndarray:
         data = quantize_q8_0(tensor)
         if not np.isfinite(data["scale"]).all():
             raise NonFiniteError(f"{what} holds values too large for q8_0's f16 scales")
-    return data.reshape(-1).view(np.uint8)
+    return data.reshape(-1).view(np.uint8).data
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
@@ -186,7 +186,8 @@ def dequantize_q8_0(data: np.ndarray) -> np.ndarray:
     """The bytes of q8_0 blocks -> float32, flat."""
     records = np.ascontiguousarray(data).view(_Q8_0)
     scales = records["scale"].astype(np.float32)
-    return (records["values"] * scales[:, None]).reshape(-1)
+    values: np.ndarray = records["values"] * scales[:, None]
+    return values.reshape(-1)
 
 
 # --- metadata -----------------------------------------------------------------------------------
