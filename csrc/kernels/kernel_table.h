@@ -17,13 +17,12 @@ struct BlockQ8_0 {
 };
 static_assert(sizeof(BlockQ8_0) == 34, "GGUF q8_0 block");
 
-// 32 activations with one scale, made by quantize_q8: x[i] ~ scale * q[i].
+// 32 activations with one scale, made by quantize_q8: x[i] ~ scale * q[i], -127 <= q <= 127.
 struct ActQ8 {
     float scale;
-    int32_t sum;  // of q: what kernels need that multiply unsigned by signed bytes
     int8_t q[32];
 };
-static_assert(sizeof(ActQ8) == 40, "activation block");
+static_assert(sizeof(ActQ8) == 36, "activation block");
 
 struct KernelTable {
     const char* name;

@@ -122,9 +122,6 @@ void quantize_q8(ActQ8* out, const float* x, int64_t n) {
             _mm256_storeu_si256(
                 reinterpret_cast<__m256i*>(block.q),
                 _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
-            for (int i = 0; i < 32; ++i) {
-                block.sum += block.q[i];
-            }
         }
         out[b] = block;
     }

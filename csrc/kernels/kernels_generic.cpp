@@ -104,7 +104,6 @@ void quantize_q8(ActQ8* out, const float* x, int64_t n) {
         block.scale = q8_scale(largest, &inverse);
         for (int i = 0; i < 32 && inverse != 0.0f; ++i) {
             block.q[i] = static_cast<int8_t>(rintf(x[i] * inverse));
-            block.sum += block.q[i];
         }
         out[b] = block;
     }
