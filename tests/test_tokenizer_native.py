@@ -322,7 +322,7 @@ def real_models(shared: Path) -> dict[str, bytes]:
         model_writer=chinese,
         model_type="bpe",
         vocab_size=3000,
-        character_coverage=0.9995 if FULL else 0.98,
+        character_coverage=0.98,
         byte_fallback=True,
         split_digits=True,
         normalization_rule_name="identity",
