@@ -12,7 +12,7 @@ __all__ = ["read_checkpoint"]
 
 KNOWN = (
     "known: a GGUF file, a Hugging Face folder (config.json, model.safetensors, tokenizer),"
-    " llama2.c's .bin and .pt"
+    " a training run's folder, llama2.c's .bin and .pt"
 )
 
 
@@ -20,6 +20,8 @@ def read_checkpoint(
     path: str | os.PathLike[str] | bytes, tokenizer: str | os.PathLike[str] | None = None
 ) -> Checkpoint:
     """Read a model of any known format, recognised by its first bytes, or given as bytes.
+
+    Of the folder of a training run the best checkpoint is read (``BEST``, else ``LATEST``).
 
     ``tokenizer``: for llama2.c's files, which hold none; see ``llama2c.read_llama2c``.
 
@@ -51,9 +53,20 @@ def read_checkpoint(
     if suffix == "folder" and not isinstance(path, bytes):
         from .hf import load_hf
 
-        if not (Path(path) / "config.json").is_file():
-            raise FormatError(f"{source}: a folder without config.json is no model; {KNOWN}")
-        return load_hf(path)
+        return load_hf(_model_folder(Path(path)))
     if suffix == ".safetensors":
         raise FormatError(f"{source}: only the weights of a model; give the folder it lies in")
     raise FormatError(f"{source}: unknown format (it begins {head!r}); {KNOWN}")
+
+
+def _model_folder(folder: Path) -> Path:
+    """The folder itself, or of a training run the checkpoint that it points at."""
+    if (folder / "config.json").is_file():
+        return folder
+    for pointer in (folder / "BEST", folder / "LATEST"):
+        if pointer.is_file():
+            name = pointer.read_text(encoding="utf-8").strip()
+            if Path(name).name != name or not (folder / name / "config.json").is_file():
+                raise FormatError(f"{pointer}: names {name!r}, which is no checkpoint here")
+            return folder / name
+    raise FormatError(f"{folder}: a folder without config.json is no model; {KNOWN}")

@@ -1,4 +1,4 @@
-"""GGUF, the one file the native core reads (ggml docs/gguf.md, version 3).
+"""GGUF, the one file the native core reads (ggml docs/gguf.md, version 3): writing it, mostly.
 
 Matrices are (out, in) with wq and wk in interleaved rotary order, as in a Checkpoint.
 """
@@ -15,27 +15,17 @@ from typing import BinaryIO
 import numpy as np
 
 from ..config import Config, rope_factors
-from ..errors import ArgumentError, NonFiniteError
+from ..errors import ArgumentError
 from ..files import whole_file
 from .checkpoint import Checkpoint, Vocabulary
+from .dtypes import BLOCK, encode_tensor
+from .gguf_read import LAYER_NAMES, TOP_NAMES, read_gguf
+
+__all__ = ["gguf_bytes", "read_gguf", "write_gguf"]
 
 ALIGNMENT = 32
-BLOCK = 32  # values of a q8_0 block: a float16 scale, then 32 int8
 # dtype -> (ggml type of a tensor, general.file_type of a file made mostly of it)
 GGML_TYPES = {"f32": (0, 0), "f16": (1, 1), "q8_0": (8, 7), "bf16": (30, 32)}
-
-LAYER_NAMES = {
-    "attn_norm": "attn_norm",
-    "wq": "attn_q",
-    "wk": "attn_k",
-    "wv": "attn_v",
-    "wo": "attn_output",
-    "ffn_norm": "ffn_norm",
-    "w_gate": "ffn_gate",
-    "w_up": "ffn_up",
-    "w_down": "ffn_down",
-}
-TOP_NAMES = {"tok_embed": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
 
 
 def gguf_bytes(checkpoint: Checkpoint, dtype: str | None = None) -> bytes:
@@ -127,67 +117,6 @@ def _zero_padded(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     if tensor.shape == shape:
         return tensor
     return np.pad(tensor, [(0, to - n) for n, to in zip(tensor.shape, shape, strict=True)])
-
-
-# --- numbers ------------------------------------------------------------------------------------
-
-
-def encode_tensor(tensor: np.ndarray, dtype: str, what: str) -> memoryview:
-    """float32 -> the bytes of a tensor of that dtype, little-endian. Raises NonFiniteError."""
-    if not np.isfinite(tensor).all():
-        raise NonFiniteError(f"{what} holds NaN or infinity")
-    if dtype == "f32":
-        data = np.ascontiguousarray(tensor, "<f4")
-    elif dtype == "f16":
-        with np.errstate(over="ignore"):
-            data = np.ascontiguousarray(tensor, "<f2")
-        if not np.isfinite(data).all():
-            raise NonFiniteError(f"{what} holds values beyond f16's 65504; use bf16 or f32")
-    elif dtype == "bf16":
-        data = to_bf16(tensor)
-    else:
-        data = quantize_q8_0(tensor)
-        if not np.isfinite(data["scale"]).all():
-            raise NonFiniteError(f"{what} holds values too large for q8_0's f16 scales")
-    return data.reshape(-1).view(np.uint8).data
-
-
-def to_bf16(x: np.ndarray) -> np.ndarray:
-    """float32 -> the uint16 bits of bfloat16, rounded to nearest, ties to even. Finite values."""
-    bits = np.ascontiguousarray(x, "<f4").view("<u4")
-    return ((bits + (0x7FFF + ((bits >> 16) & 1))) >> 16).astype("<u2")
-
-
-def from_bf16(bits: np.ndarray) -> np.ndarray:
-    """uint16 bits of bfloat16 -> float32, exactly."""
-    return (bits.astype("<u4") << 16).view("<f4")
-
-
-_Q8_0 = np.dtype([("scale", "<f2"), ("values", "i1", BLOCK)])
-
-
-def quantize_q8_0(x: np.ndarray) -> np.ndarray:
-    """float32 -> records of a float16 scale and 32 int8, as ggml's reference quantiser does it:
-    scale = max|x| / 127, value = x / scale rounded to nearest, ties away from zero."""
-    blocks = np.ascontiguousarray(x, np.float32).reshape(-1, BLOCK)
-    scale = np.abs(blocks).max(axis=1, keepdims=True) / np.float32(127)
-    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=scale != 0)
-    scaled = blocks * inverse
-    records = np.empty(len(blocks), _Q8_0)
-    with np.errstate(over="ignore"):
-        records["scale"] = scale[:, 0]
-    magnitude = np.abs(scaled)
-    whole = np.floor(magnitude)
-    records["values"] = np.sign(scaled) * (whole + (magnitude - whole >= 0.5))
-    return records
-
-
-def dequantize_q8_0(data: np.ndarray) -> np.ndarray:
-    """The bytes of q8_0 blocks -> float32, flat."""
-    records = np.ascontiguousarray(data).view(_Q8_0)
-    scales = records["scale"].astype(np.float32)
-    values: np.ndarray = records["values"] * scales[:, None]
-    return values.reshape(-1)
 
 
 # --- metadata -----------------------------------------------------------------------------------

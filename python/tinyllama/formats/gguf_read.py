@@ -14,8 +14,20 @@ import numpy as np
 from ..config import Config, RopeScaling, rope_factors
 from ..errors import ConfigError, FormatError
 from .checkpoint import Checkpoint, TokenType, Vocabulary
-from .gguf import LAYER_NAMES, TOP_NAMES, dequantize_q8_0, from_bf16
+from .dtypes import decode_tensor
 
+LAYER_NAMES = {
+    "attn_norm": "attn_norm",
+    "wq": "attn_q",
+    "wk": "attn_k",
+    "wv": "attn_v",
+    "wo": "attn_output",
+    "ffn_norm": "ffn_norm",
+    "w_gate": "ffn_gate",
+    "w_up": "ffn_up",
+    "w_down": "ffn_down",
+}
+TOP_NAMES = {"tok_embed": "token_embd", "final_norm": "output_norm", "lm_head": "output"}
 _TOP = {f"{gguf}.weight": name for name, gguf in TOP_NAMES.items()}
 _LAYER = {gguf: name for name, gguf in LAYER_NAMES.items()}
 
@@ -51,7 +63,7 @@ def read_gguf(path: str | os.PathLike[str] | bytes) -> Checkpoint:
         if gguf_name == "rope_freqs.weight":
             continue
         name = _name(gguf_name)
-        tensor = _decoded(reader.tensor_bytes(gguf_name), tensor_dtype).reshape(shape)
+        tensor = decode_tensor(reader.tensor_bytes(gguf_name), tensor_dtype).reshape(shape)
         tensors[name] = _without_padding(tensor, shapes.get(name), keys)
         if tensor_dtype != "f32":
             dtype = tensor_dtype
@@ -186,20 +198,22 @@ def _vocabulary(keys: _Keys) -> Vocabulary:
     if "tokenizer.ggml.token_type" in keys.metadata:
         types = keys.array("tokenizer.ggml.token_type")
 
-    def token(name: str, default: int | None) -> int | None:
+    def token(name: str, usual: int, kind: TokenType) -> int | None:
         key = f"tokenizer.ggml.{name}_token_id"
-        return keys.integer(key) if key in keys.metadata else default
+        if key in keys.metadata:
+            return keys.integer(key)
+        # Where nothing is said, llama.cpp takes Llama's own ids.
+        return usual if usual < len(types) and types[usual] == kind else None
 
-    # Where nothing is said, llama.cpp takes Llama's own ids.
     try:
         return Vocabulary(
             tuple(pieces),
             np.array(keys.array("tokenizer.ggml.scores"), np.float32),
             np.array(types, np.int32),
-            bos_id=token("bos", 1),
-            eos_id=token("eos", 2),
-            unk_id=token("unknown", 0),
-            pad_id=token("padding", None),
+            bos_id=token("bos", 1, TokenType.CONTROL),
+            eos_id=token("eos", 2, TokenType.CONTROL),
+            unk_id=token("unknown", 0, TokenType.UNKNOWN),
+            pad_id=token("padding", len(types), TokenType.CONTROL),
             add_bos=keys.flag("tokenizer.ggml.add_bos_token", True),
             add_space_prefix=keys.flag("tokenizer.ggml.add_space_prefix", True),
             remove_extra_whitespaces=keys.flag("tokenizer.ggml.remove_extra_whitespaces", False),
@@ -214,16 +228,6 @@ def _name(gguf_name: str) -> str:
     if match and match[2] in _LAYER:
         return f"layers.{int(match[1])}.{_LAYER[match[2]]}"
     return _TOP.get(gguf_name, gguf_name)
-
-
-def _decoded(data: np.ndarray, dtype: str) -> np.ndarray:
-    if dtype == "f32":
-        return np.array(data.view("<f4"), np.float32)
-    if dtype == "f16":
-        return data.view("<f2").astype(np.float32)
-    if dtype == "bf16":
-        return from_bf16(data.view("<u2"))
-    return dequantize_q8_0(data)
 
 
 def _without_padding(tensor: np.ndarray, shape: tuple[int, ...] | None, keys: _Keys) -> np.ndarray:

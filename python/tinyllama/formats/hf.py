@@ -20,7 +20,7 @@ from ..config import Config, RopeScaling
 from ..errors import ArgumentError, ConfigError, FormatError, MissingExtraError
 from ..files import whole_folder
 from .checkpoint import Checkpoint
-from .gguf import encode_tensor, from_bf16
+from .dtypes import decode_tensor, encode_tensor
 from .hf_tokenizer import load_tokenizer, tokenizer_files
 
 PathLike = str | os.PathLike[str]
@@ -350,13 +350,7 @@ def _read_safetensors(path: Path) -> Iterator[tuple[str, str, np.ndarray]]:
             stream.seek(start + begin)
             data = np.fromfile(stream, np.uint8, end - begin)
             dtype = _DTYPES[entry["dtype"]]
-            if dtype == "bf16":
-                values = from_bf16(data.view("<u2"))
-            else:
-                values = data.view("<f4" if dtype == "f32" else "<f2").astype(
-                    np.float32, copy=False
-                )
-            yield name, dtype, values.reshape(entry["shape"])
+            yield name, dtype, decode_tensor(data, dtype).reshape(entry["shape"])
 
 
 def _unrepeated(header: bytes, path: Path) -> dict[str, Any]:

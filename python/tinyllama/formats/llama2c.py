@@ -29,12 +29,14 @@ FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size"
 PathLike = str | os.PathLike[str]
 
 # Tensors in file order; a name that stands for one tensor per layer is written for all layers.
-_ORDER_V0 = (
-    "tok_embed attn_norm wq wk wv wo ffn_norm w_gate w_down w_up final_norm rope_cos rope_sin lm_head"
-).split()
-_ORDER_V1 = (
-    "attn_norm ffn_norm final_norm tok_embed wq wk wv wo w_gate w_down w_up lm_head"
-).split()
+_ORDER_V0 = [
+    *("tok_embed", "attn_norm", "wq", "wk", "wv", "wo", "ffn_norm", "w_gate", "w_down", "w_up"),
+    *("final_norm", "rope_cos", "rope_sin", "lm_head"),
+]
+_ORDER_V1 = [
+    *("attn_norm", "ffn_norm", "final_norm", "tok_embed"),
+    *("wq", "wk", "wv", "wo", "w_gate", "w_down", "w_up", "lm_head"),
+]
 
 
 def read_llama2c(path: PathLike | bytes, tokenizer: PathLike | None = None) -> Checkpoint:
