@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "byte_reader.h"
+#include "utf8.h"
 
 namespace tinyllama {
 
@@ -115,13 +116,19 @@ GgufValue read_value(ByteReader& reader) {
     return read_int(reader, type, "value");
 }
 
+std::string_view read_name(ByteReader& reader, const char* what, std::uint64_t limit) {
+    const std::string_view name = reader.string(what, limit);
+    if (name.empty()) reader.fail(reader.about(what) + " is empty");
+    if (!is_utf8(name)) reader.fail(reader.about(what) + " is not UTF-8: " + quoted(name));
+    return name;
+}
+
 GgufFile::Metadata read_metadata(ByteReader& reader, std::uint64_t count) {
     GgufFile::Metadata metadata;
     for (std::uint64_t i = 0; i < count; ++i) {
         const std::string ordinal = std::to_string(i);
         reader.set_subject("metadata entry", ordinal);
-        const std::string_view key = reader.string("key", max_key_bytes);
-        if (key.empty()) reader.fail(reader.about("key") + " is empty");
+        const std::string_view key = read_name(reader, "key", max_key_bytes);
         if (metadata.find(key) != metadata.end()) {
             reader.fail("metadata key " + quoted(key) + " appears twice");
         }
@@ -170,8 +177,7 @@ DType read_dtype(ByteReader& reader) {
 Entry read_entry(ByteReader& reader, std::uint64_t alignment) {
     Entry entry;
     GgufTensor& tensor = entry.tensor;
-    const std::string_view name = reader.string("name", max_name_bytes);
-    if (name.empty()) reader.fail(reader.about("name") + " is empty");
+    const std::string_view name = read_name(reader, "name", max_name_bytes);
     tensor.name = name;
     reader.set_subject("tensor", name);
     read_shape(reader, &tensor);

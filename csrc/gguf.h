@@ -46,7 +46,7 @@ public:
     // Throws Error(format_error).
     static GgufFile parse(ByteSpan bytes, const std::string& name);
 
-    // Names, keys and string values are the file's bytes: nothing promises that they are UTF-8.
+    // Keys and names of tensors are UTF-8; of string values nothing is promised.
     using Metadata = std::map<std::string, GgufValue, std::less<>>;
 
     const std::string& name() const { return name_; }

@@ -34,6 +34,15 @@ inline Character first_character(std::string_view text) {
     return {Character::whole, size};
 }
 
+inline bool is_utf8(std::string_view text) {
+    while (!text.empty()) {
+        const Character character = first_character(text);
+        if (character.kind != Character::whole) return false;
+        text.remove_prefix(character.size);
+    }
+    return true;
+}
+
 inline bool starts_with(std::string_view text, std::string_view prefix) {
     return text.substr(0, prefix.size()) == prefix;
 }

@@ -203,6 +203,18 @@ def test_a_stream_holds_back_unfinished_characters() -> None:
     assert ours.decode(space) == b"a" and ours.decode(space, at_start=False) == b" a"
 
 
+def test_text_that_continues_another(model: bytes) -> None:
+    """Nothing is put before it or taken away there, so that the two decode to the joint text."""
+    ours, vocabulary = native(model), read_sentencepiece(model)
+    prefix = vocabulary.add_space_prefix
+    first, second = ours.encode("a fox", False, False), "  in the wood"
+    tokens = first + ours.encode(second, False, False, at_start=False)
+    kept = " in the wood" if vocabulary.remove_extra_whitespaces else second
+    assert ours.decode(tokens) == b"a fox" + kept.encode()
+    assert (ours.decode(ours.encode("fox", False, False), at_start=False) == b" fox") == prefix
+    assert ours.decode(ours.encode("fox", False, False, at_start=False), at_start=False) == b"fox"
+
+
 def test_unused_tokens_are_taken_apart_again() -> None:
     vocabulary = read_sentencepiece(train())
     types, rng = vocabulary.types.copy(), random.Random(7)
@@ -272,7 +284,6 @@ PIECES = ["<unk>", "<s>", "</s>", "\u2581", "a", "\u2581a"]
     ],
 )
 def test_a_bad_vocabulary_is_refused(changes: dict[str, Any], message: str) -> None:
-    small_llama().bytes()
     metadata = {f"tokenizer.ggml.{key}": entry for key, entry in changes.items()}
     raw = small_llama()
     raw.metadata = {k: v for k, v in (raw.metadata | metadata).items() if v is not None}
