@@ -1,0 +1,66 @@
+"""``tinyllama train``."""
+
+from __future__ import annotations
+
+import argparse
+
+EPILOG = """\
+A recipe is a preset or a TOML file; --set changes single values of either. DATA is a folder made
+by `tinyllama data prepare`. Below RUN come checkpoints (Hugging Face directories step-…, the last
+two and the best kept), metrics.jsonl, samples.txt and loss.png.
+
+Ctrl-C saves and stops; the same command then goes on exactly where it was.
+
+examples:
+  tinyllama train --preset stories1m --data tokens --out run
+  tinyllama train --preset stories15m --set batch_size=32 --data tokens --out run
+  tinyllama train --config my.toml --data tokens --out run
+  tinyllama train --resume --data tokens --out run
+"""
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command to the command line."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model from a recipe and prepared tokens",
+        description="Train a Llama on prepared tokens.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    recipe = parser.add_mutually_exclusive_group(required=True)
+    recipe.add_argument("--preset", metavar="NAME", help="a recipe of this package, by name")
+    recipe.add_argument("--config", metavar="FILE", help="a recipe as a TOML file")
+    recipe.add_argument("--resume", action="store_true", help="the recipe of the run in RUN itself")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change one value of the recipe, e.g. steps=500 or model.n_layers=4; repeatable",
+    )
+    parser.add_argument("--data", required=True, metavar="DIR", help="prepared token folder")
+    parser.add_argument("--out", required=True, metavar="RUN", help="folder of the run")
+    parser.set_defaults(handler=train)
+
+
+def train(args: argparse.Namespace) -> int:
+    """Train, or go on with a run that was stopped."""
+    from ..train.recipe import load_preset, load_recipe
+
+    if args.preset:
+        recipe = load_preset(args.preset, args.set)
+    elif args.config:
+        recipe = load_recipe(args.config, args.set)
+    else:
+        from ..train.checkpoint import find_checkpoint, load_state
+        from ..train.recipe import recipe_from_dict
+
+        folder = find_checkpoint(args.out)
+        source = str(folder / "trainer.json")
+        recipe = recipe_from_dict(load_state(folder).recipe, source, args.set)
+    from ..train.trainer import Trainer
+
+    trainer = Trainer(recipe, args.data, args.out)
+    print(trainer.train())
+    return 0 if trainer.state.step == recipe.steps else 130

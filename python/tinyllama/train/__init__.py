@@ -1,0 +1,1 @@
+"""Training with torch: model, recipe, batches, trainer, checkpoint. Needs the extra ``train``."""

@@ -1,0 +1,144 @@
+"""Token shards as training windows, shuffled without state, and as documents to be scored."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import ConfigError, FormatError
+
+
+class TokenFolder:
+    """A folder made by ``tinyllama data prepare``: its manifest, checked, and its splits.
+
+    Raises OSError when a file cannot be read, FormatError when the manifest is damaged.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        source = self.path / "manifest.json"
+        raw = source.read_bytes()
+        self.sha256 = hashlib.sha256(raw).hexdigest()
+        try:
+            manifest: dict[str, Any] = json.loads(raw)
+            if manifest["format"] != "tinyllama-tokens" or manifest["version"] != 1:
+                raise FormatError(f"{source}: not a tinyllama-tokens manifest of version 1")
+            self.dtype = np.dtype({"uint16": "<u2", "uint32": "<u4"}[manifest["dtype"]])
+            self.bos_id = int(manifest["bos_id"])
+            self.eos_id = int(manifest["eos_id"])
+            self.vocab_size = int(manifest["tokenizer"]["vocab_size"])
+            self.tokenizer = self.path / manifest["tokenizer"]["file"]
+            self.splits: dict[str, Any] = manifest["splits"]
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, FormatError):
+                raise
+            raise FormatError(f"{source}: field {error} is missing or wrong") from None
+
+    def split(self, name: str) -> Split:
+        """The documents of ``name`` ("train" or "valid")."""
+        if name not in self.splits:
+            raise FormatError(f"{self.path / 'manifest.json'}: there is no split {name!r}")
+        return Split(self, name)
+
+
+class Split:
+    """The documents of one split: memory-mapped tokens and where each document lies in them.
+
+    ``shard``, ``start``, ``length``: int arrays (n_documents,). A document is BOS … EOS.
+    """
+
+    def __init__(self, folder: TokenFolder, name: str) -> None:
+        entry = folder.splits[name]
+        self.name = f"{folder.path}, split {name}"
+        self.n_bytes = int(entry["bytes"])
+        self.shards: list[np.ndarray] = []
+        where: list[np.ndarray] = []
+        for shard in entry["shards"]:
+            file = folder.path / shard["file"]
+            size = file.stat().st_size
+            if size != shard["tokens"] * folder.dtype.itemsize:
+                raise FormatError(
+                    f"{file}: {size} bytes, the manifest promises {shard['tokens']} tokens"
+                )
+            if size == 0:
+                continue
+            tokens = np.memmap(file, folder.dtype, "r")
+            start = np.flatnonzero(tokens == folder.bos_id)
+            if len(start) != shard["documents"] or start[0] != 0:
+                raise FormatError(
+                    f"{file}: {len(start)} documents begin (token {folder.bos_id}),"
+                    f" the manifest promises {shard['documents']}"
+                )
+            length = np.diff(np.append(start, len(tokens)))
+            where.append(np.stack((np.full_like(start, len(self.shards)), start, length)))
+            self.shards.append(tokens)
+        table = np.concatenate(where, axis=1) if where else np.zeros((3, 0), np.int64)
+        self.shard: np.ndarray = table[0]
+        self.start: np.ndarray = table[1]
+        self.length: np.ndarray = table[2]
+        self.n_tokens = int(self.length.sum())
+
+    def __len__(self) -> int:
+        return len(self.length)
+
+    def document(self, i: int, first: int = 0, last: int | None = None) -> np.ndarray:
+        """Tokens ``first`` to ``last`` of document ``i``: int64."""
+        last = int(self.length[i]) if last is None else last
+        begin = int(self.start[i])
+        tokens: np.ndarray = self.shards[self.shard[i]][begin + first : begin + last]
+        return np.array(tokens, np.int64)
+
+
+class Windows:
+    """Training windows: a pure function of (seed, number of the window), so nothing to save.
+
+    Each epoch shuffles the documents, joins them, cuts the text into windows at a phase of its
+    own, and shuffles the windows. Window n is number ``n mod windows_per_epoch`` of epoch
+    ``n div windows_per_epoch``. All but at most two windows' worth of an epoch's tokens are
+    seen once as targets.
+
+    Raises ConfigError when the text is smaller than one window.
+    """
+
+    def __init__(self, split: Split, seq_len: int, seed: int) -> None:
+        self.split, self.seq_len, self.seed = split, seq_len, seed
+        self.windows_per_epoch = (split.n_tokens - seq_len) // seq_len
+        if self.windows_per_epoch < 1:
+            raise ConfigError(
+                f"{split.name}: {split.n_tokens} tokens are fewer than one window needs"
+                f" (seq_len {seq_len}, and up to {seq_len} more for its random phase)"
+            )
+        self._epoch = -1
+
+    def batch(self, first: int, count: int) -> np.ndarray:
+        """Windows ``first`` to ``first + count``: int64 (count, seq_len + 1)."""
+        return np.stack([self._window(n) for n in range(first, first + count)])
+
+    def _window(self, n: int) -> np.ndarray:
+        epoch, index = divmod(n, self.windows_per_epoch)
+        if epoch != self._epoch:
+            self._shuffle(epoch)
+        at = self._phase + int(self._windows[index]) * self.seq_len
+        end = at + self.seq_len + 1
+        pieces = []
+        i = int(np.searchsorted(self._begin, at, side="right")) - 1
+        while at < end:
+            begin, document = int(self._begin[i]), int(self._documents[i])
+            stop = min(end, begin + int(self.split.length[document]))
+            pieces.append(self.split.document(document, at - begin, stop - begin))
+            at, i = stop, i + 1
+        return np.concatenate(pieces)
+
+    def _shuffle(self, epoch: int) -> None:
+        random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        self._documents = random.permutation(len(self.split))
+        lengths = self.split.length[self._documents]
+        self._begin = np.cumsum(lengths) - lengths
+        self._phase = int(random.integers(self.seq_len))
+        self._windows = random.permutation(self.windows_per_epoch)
+        self._epoch = epoch

@@ -1,0 +1,88 @@
+"""Where and how the arithmetic of training runs: device, precision, compilation, memory."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto": cuda, else mps, else cpu. Raises ConfigError for one that is not here."""
+    here = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind, usable in here.items() if usable)
+    if not here[name]:
+        raise ConfigError(f"device is {name!r}, which this machine or this torch does not have")
+    return torch.device(name)
+
+
+def choose_autocast(dtype: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+    """A function giving the context of a forward pass: bf16 matrix products, or all float32.
+
+    "auto" is bf16 where the processor multiplies bf16 natively; elsewhere it would be slower.
+    """
+    native = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        native = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if dtype == "f32" or (dtype == "auto" and not native):
+        return nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+def maybe_compiled(
+    setting: str, device: torch.device, function: Callable[[Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """``function`` compiled by torch.compile, or itself where that is off or fails.
+
+    A failure with "auto" is told in one line on stderr; with "yes" it is raised.
+    """
+    if setting == "no" or (setting == "auto" and device.type == "mps"):
+        return function
+    fast = torch.compile(function)
+    if setting == "yes":
+        return fast
+    chosen: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def first_try(x: Tensor, y: Tensor) -> Tensor:
+        nonlocal chosen
+        if chosen is not None:
+            return chosen(x, y)
+        try:
+            result = fast(x, y)
+            chosen = fast
+        except Exception as error:  # torch documents no narrower class for "cannot compile"
+            line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            print(f"torch.compile does not work here, going on without: {line}", file=sys.stderr)
+            chosen = function
+            result = function(x, y)
+        return result
+
+    return first_try
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep freed memory: training frees and takes the same buffers every step.
+
+    Returning them to the system costs page faults on each; keeping them made a step of a 5M model
+    8 to 25 % faster. Elsewhere than glibc this does nothing.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of malloc.h
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2**31 - 1)
+        mallopt(top_pad, 2**28)

@@ -1,0 +1,293 @@
+"""Export with its proof: what was written is read back and must compute what the checkpoint does.
+
+The written model runs in the native core, the checkpoint in torch in float32 (without torch: in
+NumPy, tinyllama.reference), both on the same real text. Only what passes takes the name asked for.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentError, ExportError
+from ..files import whole_file, whole_folder
+from ..formats import read_checkpoint
+from ..formats.checkpoint import Checkpoint
+from ..formats.gguf import gguf_bytes, write_gguf
+from ..model import Model, load
+
+PathLike: TypeAlias = "str | os.PathLike[str]"
+Logits: TypeAlias = "npt.NDArray[np.float32]"
+Oracle: TypeAlias = "Callable[[list[int]], Logits]"
+
+FORMATS = ("gguf", "hf", "llama2c")
+MAX_TOKENS = 2048  # enough for a steady figure; the check of 15M parameters stays at seconds
+
+# float32 only sums in another order. The rest loses precision; a model that still foretells this
+# text as well, with nearly the same probabilities, is the same model.
+MAX_F32_DIFFERENCE = 1e-3  # of the largest logit
+MAX_PERPLEXITY_RATIO = 1.02
+MAX_KL = 0.02  # nats per token
+
+TEXT = """\
+Once upon a time, in a small house by the river, there lived a girl named Mia. She had a little
+brown dog called Ben. Every morning they ran down the path to see the ducks.
+
+One day, the sky was grey and it began to rain. "Oh no," said Mia. "The baby duck is all alone on
+the big stone!" The water was getting higher. Ben barked, but the baby duck was too scared to jump.
+
+Mia had an idea. She took a long branch and laid it from the stone to the grass. "Come, little one,"
+she said softly. The baby duck took one step, then two, and then it ran across the branch as fast as
+it could. Its mother was so happy that she flapped her wings.
+
+"You are very kind," said her father when he heard what she had done. That night the rain stopped.
+Mia and Ben fell asleep by the window, and in the morning there were five small ducks at the door.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was written and how close it is to the checkpoint, over ``n_tokens`` tokens of text.
+
+    ``oracle`` is what computed the checkpoint's logits: "torch" or "NumPy".
+    ``max_difference``: the largest difference of two logits; ``max_logit``: the largest of them.
+    Bits per byte and perplexity (e to the mean loss per token) stand ``before`` for the checkpoint
+    in float32, ``after`` for what was written; ``kl`` is the mean Kullback-Leibler divergence of
+    their probabilities in nats per token.
+    """
+
+    path: str
+    format: str
+    dtype: str
+    n_bytes: int
+    oracle: str
+    n_tokens: int
+    max_difference: float
+    max_logit: float
+    bits_per_byte_before: float
+    bits_per_byte_after: float
+    perplexity_before: float
+    perplexity_after: float
+    kl: float
+
+
+def export(
+    source: PathLike,
+    out: PathLike,
+    to: str = "gguf",
+    dtype: str | None = None,
+    *,
+    tokenizer: PathLike | None = None,
+    texts: Iterable[str] | None = None,
+) -> Report:
+    """Write the model ``source`` as ``out`` and prove that it is the same model.
+
+    ``source``: whatever ``read_checkpoint`` reads, a training run's folder too; ``tokenizer`` for
+    llama2.c's files. ``to``: "gguf" (a file; dtype f32, f16, bf16 or q8_0, default: the source's),
+    "hf" (a folder; f32, f16 or bf16, default: the source's, f32 for q8_0), or "llama2c" (a file
+    and ``tokenizer.bin`` beside it; f32 writes v0, which run.c reads, q8_0 v2, for runq.c; default
+    f32). ``texts``: what the check reads, up to 2048 tokens; default: a short story.
+
+    Raises ExportError when the written model computes something else; then, as after any other
+    error, nothing is left and what stood at ``out`` stays. The bounds: in f32, logits within 1e-3
+    of the largest; else perplexity within 2 % and a mean divergence of 0.02 nats per token.
+    Raises ArgumentError for unknown formats, dtypes or too little text, and what readers and
+    writers of the formats raise.
+    """
+    if to not in FORMATS:
+        raise ArgumentError(f"to is {to!r}; known: {', '.join(FORMATS)}")
+    checkpoint = read_checkpoint(source, tokenizer=tokenizer)
+    dtype = _default_dtype(checkpoint, to) if dtype is None else dtype
+    name, oracle = _oracle(checkpoint)
+    out = Path(os.path.realpath(out))
+    texts = [TEXT] if texts is None else texts
+
+    def check(written: Model, part: Path) -> Report:
+        n_bytes = sum(f.stat().st_size for f in part.iterdir()) if part.is_dir() else 0
+        n_bytes = n_bytes or part.stat().st_size
+        figures = _compare(written, oracle, texts)
+        report = Report(str(out), to, dtype, n_bytes, name, **figures)
+        _judge(report)
+        return report
+
+    write = {"gguf": _to_gguf, "hf": _to_hf, "llama2c": _to_llama2c}[to]
+    return write(checkpoint, out, dtype, check)
+
+
+Check: TypeAlias = "Callable[[Model, Path], Report]"
+
+
+def _default_dtype(checkpoint: Checkpoint, to: str) -> str:
+    if to == "llama2c" or (to == "hf" and checkpoint.dtype == "q8_0"):
+        return "f32"
+    return checkpoint.dtype
+
+
+def _to_gguf(checkpoint: Checkpoint, out: Path, dtype: str, check: Check) -> Report:
+    with whole_file(out) as stream:
+        write_gguf(checkpoint, stream, dtype)
+        stream.flush()
+        return check(load(stream.name), Path(stream.name))
+
+
+def _to_hf(checkpoint: Checkpoint, out: Path, dtype: str, check: Check) -> Report:
+    from ..formats.hf import load_hf, refuse_shards, save_hf
+
+    refuse_shards(out)
+    with whole_folder(out) as part:
+        save_hf(checkpoint, part, dtype)
+        read_back = load_hf(part)
+        _compare_tensors(checkpoint, read_back, dtype)
+        return check(_native(read_back), part)
+
+
+def _to_llama2c(checkpoint: Checkpoint, out: Path, dtype: str, check: Check) -> Report:
+    from ..formats.llama2c import place_tokenizer, read_llama2c, write_llama2c
+
+    versions = {"f32": 0, "q8_0": 2}
+    if dtype not in versions:
+        raise ArgumentError(f"dtype is {dtype!r}; llama2.c's files take f32 or q8_0")
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        part = Path(folder) / out.name
+        write_llama2c(checkpoint, part, versions[dtype])
+        read_back = read_llama2c(part)
+        _compare_tensors(checkpoint, read_back, dtype)
+        report = check(_native(read_back), part)
+        place_tokenizer(part.with_name("tokenizer.bin").read_bytes(), out.parent)
+        os.replace(part, out)
+    return report
+
+
+def _native(checkpoint: Checkpoint) -> Model:
+    """What was read back, in the native core with the exact numbers it was read with."""
+    return load(gguf_bytes(checkpoint, "f32"))
+
+
+def _compare_tensors(before: Checkpoint, after: Checkpoint, dtype: str) -> None:
+    """Every tensor that was read back against what was to be written. Raises ExportError."""
+    if before.config != dataclasses.replace(
+        after.config, rope_theta=before.config.rope_theta, norm_eps=before.config.norm_eps
+    ):
+        raise ExportError(f"read back with another config: {after.config} for {before.config}")
+    step = {"f32": 0.0, "bf16": 2.0**-8, "f16": 2.0**-11, "q8_0": 0.501 / 127}[dtype]
+    for name, tensor in before.tensors.items():
+        # f16 and bf16 round each number, q8_0 to a step of its group's largest. Below f16's
+        # smallest normal number, 6e-5, its steps stay at 6e-8.
+        largest = np.abs(tensor).max() if dtype == "q8_0" else np.abs(tensor)
+        wrong = np.abs(after.tensors[name] - tensor) > largest * step + 6e-8 * (dtype == "f16")
+        if wrong.any():
+            where = tuple(int(i) for i in np.argwhere(wrong)[0])
+            raise ExportError(
+                f"tensor {name} at {where} is {after.tensors[name][where]} when read back as"
+                f" {dtype}, {tensor[where]} in the checkpoint"
+            )
+
+
+# --- the same text through both -----------------------------------------------------------------
+
+
+def _oracle(checkpoint: Checkpoint) -> tuple[str, Oracle]:
+    """The checkpoint's logits in float32, from torch, or from NumPy where torch is missing."""
+    try:
+        import torch
+    except ImportError:
+        from ..reference import forward
+
+        return "NumPy", lambda tokens: np.asarray(forward(checkpoint, tokens), np.float32)
+    from .model import Llama, tensors_to_state
+
+    model = Llama(checkpoint.config).eval()
+    model.load_state_dict(
+        tensors_to_state(checkpoint.tensors, checkpoint.config, checkpoint.source)
+    )
+
+    def logits(tokens: list[int]) -> Logits:
+        with torch.no_grad():
+            values: Logits = model(torch.tensor([tokens]))[0].float().numpy()
+        return values
+
+    return "torch", logits
+
+
+def _windows(model: Model, texts: Iterable[str]) -> Iterator[list[int]]:
+    """The texts in tokens, cut at the context, up to MAX_TOKENS in all."""
+    left = MAX_TOKENS
+    for text in texts:
+        tokens = model.tokenizer.encode(text)
+        for start in range(0, len(tokens), model.config.max_seq_len):
+            window = tokens[start : start + min(model.config.max_seq_len, left)]
+            if len(window) < 2:
+                continue
+            yield window
+            left -= len(window)
+            if left < 2:
+                return
+
+
+def _compare(written: Model, oracle: Oracle, texts: Iterable[str]) -> dict[str, float]:
+    """The figures of a Report."""
+    difference = largest = before = after = kl = 0.0
+    n_tokens = n_targets = n_bytes = 0
+    for tokens in _windows(written, texts):
+        expected, found = oracle(tokens), written.logits(tokens)
+        difference = max(difference, float(np.abs(expected - found).max()))
+        largest = max(largest, float(np.abs(expected).max()))
+        p, q = _log_softmax(expected), _log_softmax(found)
+        kl += float((np.exp(p) * (p - q)).sum())
+        rows, targets = np.arange(len(tokens) - 1), tokens[1:]
+        before -= float(p[rows, targets].sum())
+        after -= float(q[rows, targets].sum())
+        n_tokens += len(tokens)
+        n_targets += len(targets)
+        n_bytes += len(written.tokenizer.decode(targets).encode())
+    if n_targets == 0 or n_bytes == 0:
+        raise ArgumentError("the text for the check is too short: it makes less than two tokens")
+    return {
+        "n_tokens": n_tokens,
+        "max_difference": difference,
+        "max_logit": largest,
+        "bits_per_byte_before": before / math.log(2) / n_bytes,
+        "bits_per_byte_after": after / math.log(2) / n_bytes,
+        "perplexity_before": math.exp(min(before / n_targets, 700.0)),
+        "perplexity_after": math.exp(min(after / n_targets, 700.0)),
+        "kl": kl / n_tokens,
+    }
+
+
+def _log_softmax(logits: Logits) -> npt.NDArray[np.float64]:
+    x = logits.astype(np.float64)
+    x -= x.max(axis=1, keepdims=True)
+    shifted: npt.NDArray[np.float64] = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    return shifted
+
+
+def _judge(report: Report) -> None:
+    """Raises ExportError when a figure is out of bounds; a NaN is."""
+    what = f"{report.path} ({report.format}, {report.dtype}) against {report.oracle}"
+    if report.dtype == "f32":
+        bound = MAX_F32_DIFFERENCE * report.max_logit
+        if not report.max_difference <= bound:
+            raise ExportError(
+                f"{what}: logits differ by {report.max_difference:.3g}, allowed are {bound:.3g};"
+                " nothing was written"
+            )
+        return
+    ratio = report.perplexity_after / report.perplexity_before
+    if not 1 / MAX_PERPLEXITY_RATIO <= ratio <= MAX_PERPLEXITY_RATIO:
+        raise ExportError(
+            f"{what}: perplexity {report.perplexity_before:.4g} became"
+            f" {report.perplexity_after:.4g}, allowed are 2 %; nothing was written"
+        )
+    if not report.kl <= MAX_KL:
+        raise ExportError(
+            f"{what}: probabilities diverge by {report.kl:.3g} nats per token, allowed are"
+            f" {MAX_KL}; nothing was written"
+        )

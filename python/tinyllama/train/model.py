@@ -1,0 +1,213 @@
+"""The Llama that is trained: the same computation as the native core, in torch, with gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from ..config import Config, rope_tables
+from ..errors import ArgumentError, FormatError, MissingExtraError
+
+try:
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor, nn
+except ImportError as error:
+    raise MissingExtraError("torch", "train") from error
+
+Tap = Callable[[str, Tensor], None]
+
+
+class Layer(nn.Module):
+    """One transformer block: attention, then a SwiGLU feed-forward net, each added to the stream.
+
+    Matrices are stored as (out, in), under the names of ``Config.tensor_shapes()``.
+    """
+
+    attn_norm: Tensor
+    wq: Tensor
+    wk: Tensor
+    wv: Tensor
+    wo: Tensor
+    ffn_norm: Tensor
+    w_gate: Tensor
+    w_up: Tensor
+    w_down: Tensor
+
+    def __init__(self, config: Config, dropout: float) -> None:
+        super().__init__()
+        self.config = config
+        self.dropout = dropout
+        for name, shape in config.tensor_shapes().items():
+            if name.startswith("layers.0."):
+                empty = nn.Parameter(torch.ones(shape))
+                self.register_parameter(name.removeprefix("layers.0."), empty)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, tap: Tap) -> Tensor:
+        """``x`` (batch, n_tokens, dim) -> the same shape."""
+        eps = self.config.norm_eps
+        h = rms_norm(x, self.attn_norm, eps)
+        tap("attn_norm", h)
+        h = F.linear(self._attention(h, cos, sin, tap), self.wo)
+        x = x + F.dropout(h, self.dropout, self.training)
+        tap("attn_out", x)
+        h = rms_norm(x, self.ffn_norm, eps)
+        tap("ffn_norm", h)
+        h = F.silu(F.linear(h, self.w_gate)) * F.linear(h, self.w_up)
+        tap("ffn_hidden", h)
+        h = F.linear(h, self.w_down)
+        x = x + F.dropout(h, self.dropout, self.training)
+        tap("ffn_out", x)
+        return x
+
+    def _attention(self, h: Tensor, cos: Tensor, sin: Tensor, tap: Tap) -> Tensor:
+        config = self.config
+        batch, n_tokens, _ = h.shape
+        heads = (batch, n_tokens, -1, config.head_dim)
+        q = rotate(F.linear(h, self.wq).view(heads), cos, sin)
+        k = rotate(F.linear(h, self.wk).view(heads), cos, sin)
+        v = F.linear(h, self.wv).view(heads)
+        tap("q", q.flatten(2))
+        tap("k", k.flatten(2))
+        tap("v", v.flatten(2))
+        group = config.n_heads // config.n_kv_heads  # query heads that share a key head
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
+        mixed = mix_heads(q, k, v, self.dropout if self.training else 0.0)
+        mixed = mixed.transpose(1, 2).reshape(batch, n_tokens, -1)
+        tap("attn", mixed)
+        return mixed
+
+
+class Llama(nn.Module):
+    """A Llama for training. Its state_dict has the names and shapes of ``Config.tensor_shapes()``.
+
+    ``dropout`` acts on attention weights, on both branches that are added to the residual stream,
+    and on the embedding, in training mode only. Weights start normal with deviation 0.02, those
+    that write to the residual stream divided by sqrt(2 n_layers) (GPT-2, llama2.c).
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: Config, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        self.dropout = dropout
+        self.tok_embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        self.layers = nn.ModuleList(Layer(config, dropout) for _ in range(config.n_layers))
+        self.final_norm = nn.Parameter(torch.ones(config.dim))
+        self.lm_head = None
+        if not config.tie_embeddings:
+            self.lm_head = nn.Parameter(torch.empty(config.vocab_size, config.dim))
+        cos, sin = rope_tables(config, config.max_seq_len)
+        self.register_buffer("cos", torch.from_numpy(cos), persistent=False)
+        self.register_buffer("sin", torch.from_numpy(sin), persistent=False)
+        residual = 0.02 / math.sqrt(2 * config.n_layers)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(
+                    parameter, std=residual if name.endswith(("wo", "w_down")) else 0.02
+                )
+
+    def forward(self, tokens: Tensor, tap: Tap | None = None) -> Tensor:
+        """``tokens`` int64 (batch, n_tokens) -> logits (batch, n_tokens, vocab_size).
+
+        ``tap(stage, value)`` is called at every named stage; see :func:`trace`.
+        Raises ArgumentError when the tokens do not fit into ``max_seq_len``.
+        """
+        n_tokens = tokens.shape[1]
+        if n_tokens > self.config.max_seq_len:
+            raise ArgumentError(
+                f"{n_tokens} tokens do not fit into max_seq_len {self.config.max_seq_len}"
+            )
+        tap = tap or _ignore
+        cos, sin = self.cos[:n_tokens], self.sin[:n_tokens]
+        x = F.embedding(tokens, self.tok_embed)
+        tap("tok_embed", x)
+        x = F.dropout(x, self.dropout, self.training)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, lambda stage, value, i=i: tap(f"layers.{i}.{stage}", value))
+        x = rms_norm(x, self.final_norm, self.config.norm_eps)
+        tap("final_norm", x)
+        logits = F.linear(x, self.tok_embed if self.lm_head is None else self.lm_head)
+        tap("logits", logits)
+        return logits
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight, in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
+    x = x.float()
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[2i], x[2i+1]) of a head by its position's angle.
+
+    ``x`` (batch, n_tokens, heads, head_dim); ``cos``, ``sin`` (n_tokens, head_dim / 2).
+    """
+    even, odd = x[..., 0::2], x[..., 1::2]
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x.dtype)
+
+
+def mix_heads(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Causal softmax attention over (batch, heads, n_tokens, head_dim).
+
+    On a CPU, plain matrix products train faster than the fused kernel at these small sizes;
+    elsewhere the fused kernel saves the memory of the scores.
+    """
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+    n_tokens = q.shape[2]
+    scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[3])
+    future = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=q.device).triu(1)
+    weights = scores.masked_fill(future, -math.inf).softmax(-1)
+    return F.dropout(weights, dropout, dropout > 0.0).to(v.dtype) @ v
+
+
+def _ignore(stage: str, value: Tensor) -> None:
+    pass
+
+
+def trace(model: Llama, tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """Every stage of one forward pass over ``tokens`` (n_tokens,).
+
+    Returns name -> float32 (n_tokens, width), in order: ``tok_embed``; for each layer i, under
+    ``layers.{i}.``: ``attn_norm``, ``q`` and ``k`` (after rope), ``v``, ``attn`` (heads mixed,
+    before wo), ``attn_out`` (the stream after adding it), ``ffn_norm``, ``ffn_hidden``
+    (silu(gate) · up), ``ffn_out`` (the stream again); ``final_norm``; ``logits``. The NumPy
+    reference and the native core use the same names.
+    """
+    stages: dict[str, np.ndarray] = {}
+
+    def tap(stage: str, value: Tensor) -> None:
+        stages[stage] = value[0].float().cpu().numpy().copy()
+
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        model(torch.as_tensor(np.asarray(tokens, np.int64))[None].to(model.cos.device), tap)
+    model.train(was_training)
+    return stages
+
+
+def state_to_tensors(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """A model's state_dict -> the tensors of a Checkpoint: float32 arrays of the same names."""
+    return {name: value.detach().float().cpu().numpy().copy() for name, value in state.items()}
+
+
+def tensors_to_state(
+    tensors: Mapping[str, np.ndarray], config: Config, source: str = "checkpoint"
+) -> dict[str, Tensor]:
+    """The tensors of a Checkpoint -> a state_dict. Raises FormatError when they do not fit."""
+    state: dict[str, Tensor] = {}
+    for name, shape in config.tensor_shapes().items():
+        if name not in tensors or tensors[name].shape != shape:
+            found = tensors[name].shape if name in tensors else "missing"
+            raise FormatError(f"{source}: tensor {name} is {found}, the model needs {shape}")
+        state[name] = torch.from_numpy(np.array(tensors[name], np.float32))
+    return state

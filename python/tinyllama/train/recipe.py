@@ -1,0 +1,223 @@
+"""What a training run is made of: one dataclass, its TOML files and its presets."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from ..config import Config, RopeScaling
+from ..errors import ConfigError, MissingExtraError
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A training run. ``model`` is the Config; one step sees ``tokens_per_step`` tokens.
+
+    The learning rate rises linearly for ``warmup_steps``, then falls by ``schedule`` to
+    ``final_lr_fraction`` of its peak at ``steps``. ``optimizer="muon"`` trains the matrices of the
+    layers by Muon at ``muon_learning_rate`` and everything else by AdamW at ``learning_rate``.
+    ``every_*`` count steps; 0 switches the thing off. ``init_from`` names a run or checkpoint
+    whose weights are the starting point. ``dtype``, ``compile`` and ``device`` "auto" mean: bf16
+    where the processor multiplies it natively, compiled where a compiler is found, cuda before
+    mps before cpu.
+
+    Raises ConfigError, naming field and value, when a value is out of range.
+    """
+
+    model: Config
+    steps: int = 1000
+    batch_size: int = 16
+    grad_accum: int = 1
+    seq_len: int = 256
+    optimizer: str = "adamw"
+    learning_rate: float = 5e-4
+    muon_learning_rate: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+    warmup_steps: int = 100
+    schedule: str = "cosine"
+    final_lr_fraction: float = 0.0
+    dropout: float = 0.0
+    seed: int = 1
+    every_eval: int = 500
+    every_save: int = 500
+    every_sample: int = 500
+    init_from: str = ""
+    device: str = "auto"
+    dtype: str = "auto"
+    compile: str = "auto"
+    n_threads: int = 0
+
+    def __post_init__(self) -> None:
+        least = {
+            "steps": 1, "batch_size": 1, "grad_accum": 1, "seq_len": 2, "warmup_steps": 0,
+            "seed": 0, "every_eval": 0, "every_save": 0, "every_sample": 0, "n_threads": 0,
+        }  # fmt: skip
+        for name, low in least.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**31:
+                raise ConfigError(f"{name} is {value!r}; it must be a whole number from {low}")
+        ranges = {
+            "learning_rate": 1.0, "muon_learning_rate": 1.0, "weight_decay": 1.0,
+            "grad_clip": math.inf, "final_lr_fraction": 1.0,
+            "beta1": 0.99999, "beta2": 0.99999, "dropout": 0.99,
+        }  # fmt: skip
+        for name, high in ranges.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ConfigError(f"{name} is {value!r}; it must be a number")
+            if not 0.0 <= value <= high or (name == "grad_clip" and value == 0):
+                raise ConfigError(f"{name} is {value}; it must be in [0, {high}]")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
+        if not isinstance(self.init_from, str):
+            raise ConfigError(f"init_from is {self.init_from!r}; it must be a path")
+        if self.seq_len > self.model.max_seq_len:
+            raise ConfigError(
+                f"seq_len ({self.seq_len}) is larger than model.max_seq_len"
+                f" ({self.model.max_seq_len})"
+            )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens whose loss one optimizer step averages."""
+        return self.batch_size * self.grad_accum * self.seq_len
+
+    def lr_fraction(self, step: int) -> float:
+        """The learning rate of step ``step`` (from 0) as a fraction of its peak."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        done = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        left = 1.0 - done if self.schedule == "linear" else 0.5 + 0.5 * math.cos(math.pi * done)
+        if self.schedule == "constant":
+            left = 1.0
+        return self.final_lr_fraction + (1.0 - self.final_lr_fraction) * left
+
+    def to_dict(self) -> dict[str, Any]:
+        """Nested plain values, as in the TOML file; ``recipe_from_dict`` reads them back."""
+        return dataclasses.asdict(self)
+
+
+CHOICES = {
+    "optimizer": ("adamw", "muon"),
+    "schedule": ("cosine", "linear", "constant"),
+    "device": ("auto", "cpu", "cuda", "mps"),
+    "dtype": ("auto", "f32", "bf16"),
+    "compile": ("auto", "yes", "no"),
+}
+
+
+def recipe_from_dict(
+    values: Mapping[str, Any], source: str = "recipe", settings: Iterable[str] = ()
+) -> Recipe:
+    """A Recipe from nested plain values, changed by ``settings`` (each ``key=value``).
+
+    Raises ConfigError for unknown or missing keys.
+    """
+    values = _with_settings(values, settings)
+    model = values.pop("model", None)
+    if not isinstance(model, Mapping):
+        raise ConfigError(f"{source}: the section [model] is missing")
+    model = dict(model)
+    scaling = model.pop("rope_scaling", None)
+    _check_keys(values, Recipe, "", source)
+    _check_keys(model, Config, "model.", source)
+    for field in dataclasses.fields(Config):
+        if field.default is dataclasses.MISSING and field.name not in model:
+            raise ConfigError(f"{source}: model.{field.name} is missing")
+    if scaling is not None:
+        if not isinstance(scaling, Mapping):
+            raise ConfigError(f"{source}: model.rope_scaling is {scaling!r}, not a section")
+        _check_keys(scaling, RopeScaling, "model.rope_scaling.", source)
+        model["rope_scaling"] = RopeScaling(**scaling)
+    try:
+        return Recipe(model=Config(**model), **values)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+
+def load_recipe(path: str | Path, settings: Iterable[str] = ()) -> Recipe:
+    """Read a TOML recipe and change it by ``settings``, each ``key=value`` or ``model.key=value``.
+
+    Raises OSError when the file cannot be read, ConfigError when it is not a recipe.
+    """
+    path = Path(path)
+    values = _read_toml(path.read_text(encoding="utf-8"), str(path))
+    return recipe_from_dict(values, str(path), settings)
+
+
+def load_preset(name: str, settings: Iterable[str] = ()) -> Recipe:
+    """The recipe of that name among those in this package; see :func:`preset_names`."""
+    names = preset_names()
+    if name not in names:
+        raise ConfigError(f"no preset {name!r}{_nearest(name, names)}; known: {', '.join(names)}")
+    source = f"preset {name}"
+    file = resources.files(__package__) / "presets" / f"{name}.toml"
+    return recipe_from_dict(_read_toml(file.read_text(encoding="utf-8"), source), source, settings)
+
+
+def preset_names() -> list[str]:
+    """Names of all presets, sorted."""
+    files = (resources.files(__package__) / "presets").iterdir()
+    return sorted(file.name[: -len(".toml")] for file in files if file.name.endswith(".toml"))
+
+
+def _with_settings(values: Mapping[str, Any], settings: Iterable[str]) -> dict[str, Any]:
+    changed = copy.deepcopy(dict(values))
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip():
+            raise ConfigError(f"--set {setting!r} is not of the form key=value")
+        section = changed
+        *parents, last = key.strip().split(".")
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"--set {setting!r}: {parent!r} is not a section")
+        section[last] = _read_value(value.strip())
+    return changed
+
+
+def _read_value(text: str) -> Any:
+    """A TOML value, or the text itself where it is none (``device=cpu`` without quotes)."""
+    try:
+        return _read_toml(f"value = {text}", "--set")["value"]
+    except ConfigError:
+        return text
+
+
+def _read_toml(text: str, source: str) -> dict[str, Any]:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        try:
+            import tomli as tomllib
+        except ImportError as error:
+            raise MissingExtraError("tomli", "train") from error
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not TOML: {error}") from None
+
+
+def _check_keys(values: Mapping[str, Any], kind: type, prefix: str, source: str) -> None:
+    known = [field.name for field in dataclasses.fields(kind)]
+    for key in values:
+        if key not in known:
+            hint = _nearest(key, known, prefix)
+            raise ConfigError(f"{source}: unknown key {prefix + key!r}{hint}")
+
+
+def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {prefix + close[0]!r}?" if close else ""

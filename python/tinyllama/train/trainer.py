@@ -1,0 +1,304 @@
+"""Training: one loop from token shards to checkpoints, stopped and resumed at any step."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import ConfigError, FormatError, MissingExtraError, NonFiniteError
+from .batches import TokenFolder, Windows
+from .checkpoint import (
+    TrainerState,
+    find_checkpoint,
+    load_optimizers,
+    load_state,
+    load_weights,
+    save_checkpoint,
+)
+from .recipe import Recipe, recipe_from_dict
+
+try:
+    import sentencepiece
+    import torch
+    import torch.nn.functional as F
+    from torch import Tensor
+    from torch.optim import AdamW, Muon, Optimizer
+    from tqdm import tqdm
+except ImportError as error:
+    raise MissingExtraError(error.name or "torch", "train") from error
+
+from ..formats.sentencepiece import load_sentencepiece
+from .device import choose_autocast, choose_device, keep_freed_memory, maybe_compiled
+from .metrics import Metrics
+from .model import Llama
+from .validate import tell, validate
+
+PROMPT = "Once upon a time"
+EVERY_LOG = 10
+# Settings that may differ between the parts of one run: they do not change what is learned.
+FREE_SETTINGS = ("every_eval", "every_save", "every_sample", "device", "n_threads")
+
+
+class Trainer:
+    """A run of ``recipe`` on the token folder ``data``; everything is written below ``out``.
+
+    A run that ``out`` already holds goes on where it stopped, bitwise as if it never had.
+    ``state`` says how far it is, ``model`` holds the weights.
+
+    Raises ConfigError (recipe and data contradict each other, or ``out`` holds another run),
+    FormatError (damaged files), OSError (cannot read or write).
+    """
+
+    def __init__(
+        self, recipe: Recipe, data: str | os.PathLike[str], out: str | os.PathLike[str]
+    ) -> None:
+        self.recipe, self.run = recipe, Path(out)
+        folder = TokenFolder(data)
+        if folder.vocab_size != recipe.model.vocab_size:
+            raise ConfigError(
+                f"{folder.path}: the tokenizer has {folder.vocab_size} tokens,"
+                f" the recipe's model.vocab_size is {recipe.model.vocab_size}"
+            )
+        self.windows = Windows(folder.split("train"), recipe.seq_len, recipe.seed)
+        valid = folder.split("valid") if "valid" in folder.splits else None
+        self.valid = valid if valid is not None and len(valid) else None
+        self.vocabulary = load_sentencepiece(folder.tokenizer)
+        self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder.tokenizer))
+        previous = previous_run(self.run, recipe, folder.sha256)
+
+        if recipe.n_threads:
+            torch.set_num_threads(recipe.n_threads)
+        keep_freed_memory()
+        device = choose_device(recipe.device)
+        torch.manual_seed(recipe.seed)
+        self.model = Llama(recipe.model, recipe.dropout).to(device)
+        self.optimizers = make_optimizers(self.model, recipe)
+        self.state = TrainerState(0, recipe.to_dict(), folder.sha256, torch.get_num_threads())
+        if previous is not None:
+            self.state = load_state(previous)
+            load_weights(previous, self.model)
+            load_optimizers(previous, self.model, self.optimizers)
+            if self.state.n_threads != torch.get_num_threads():
+                _say(f"threads: {self.state.n_threads} before, now {torch.get_num_threads()}:"
+                     " sums may round differently than in one go")  # fmt: skip
+        elif recipe.init_from:
+            load_weights(find_checkpoint(recipe.init_from), self.model)
+        self.autocast = choose_autocast(recipe.dtype, device)
+        self.loss = maybe_compiled(recipe.compile, device, self._loss)
+        self.run.mkdir(parents=True, exist_ok=True)
+        self.metrics = Metrics(self.run, self.state.step)
+        self._saved = previous is not None
+
+    def train(self) -> Path:
+        """Train to the recipe's last step, or until SIGINT or SIGTERM: the last checkpoint.
+
+        A signal ends the run after the current step, with a checkpoint. Raises NonFiniteError,
+        naming the step, when the loss is no number (nothing is saved then), and OSError when a
+        checkpoint cannot be written; earlier checkpoints stay.
+        """
+        recipe = self.recipe
+        self._describe()
+        started = time.monotonic() - self.state.seconds
+        self.model.train()
+        bar = tqdm(
+            total=recipe.steps * recipe.tokens_per_step,
+            initial=self.state.step * recipe.tokens_per_step,
+            unit="tok",
+            unit_scale=True,
+            mininterval=0.5 if sys.stderr.isatty() else 30.0,
+        )
+        with bar, stop_on_signals() as stop:
+            while self.state.step < recipe.steps and not stop.is_set():
+                nats = self.step()
+                bar.update(recipe.tokens_per_step)
+                step, last = self.state.step, self.state.step == recipe.steps
+                self.state = dataclasses.replace(self.state, seconds=time.monotonic() - started)
+                if step % EVERY_LOG == 0 or last:
+                    fraction = recipe.lr_fraction(step - 1)
+                    self.metrics.log(step, train_nats=nats, lr_fraction=fraction,
+                                     seconds=round(self.state.seconds, 1))  # fmt: skip
+                    bar.set_postfix(loss=f"{nats:.3f}", refresh=False)
+                if _due(step, recipe.every_eval, last):
+                    bar.write(self.evaluate(), file=sys.stderr)
+                if _due(step, recipe.every_sample, last):
+                    bar.write(self.sample(), file=sys.stderr)
+                if _due(step, recipe.every_save, last):
+                    self.save()
+        if not self._saved:
+            self.save()
+        self.metrics.plot(self.run / "loss.png")
+        if self.state.step < recipe.steps:
+            _say(f"stopped after step {self.state.step}; the same command goes on from there")
+        return find_checkpoint(self.run)
+
+    def step(self) -> float:
+        """One optimizer step: the mean loss of its tokens in nats.
+
+        Its windows, dropout and learning rate follow from the recipe and the step alone.
+        """
+        recipe, step = self.recipe, self.state.step
+        torch.manual_seed((recipe.seed << 32) + step)
+        total = 0.0
+        for i in range(recipe.grad_accum):
+            first = (step * recipe.grad_accum + i) * recipe.batch_size
+            windows = torch.from_numpy(self.windows.batch(first, recipe.batch_size))
+            windows = windows.to(self.model.tok_embed.device)
+            loss = self.loss(windows[:, :-1], windows[:, 1:]) / recipe.grad_accum
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
+        if not math.isfinite(total):
+            raise NonFiniteError(
+                f"the loss is {total} at step {step + 1}: lower the learning rate"
+                f" (checkpoints in {self.run} are from before)"
+            )
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
+        peaks = {"adamw": recipe.learning_rate, "muon": recipe.muon_learning_rate}
+        for kind, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = peaks[kind] * recipe.lr_fraction(step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.state = dataclasses.replace(self.state, step=step + 1, bits_per_byte=None)
+        self._saved = False
+        return total
+
+    def evaluate(self) -> str:
+        """Score the validation split, record it, and say it in a line."""
+        if self.valid is None:
+            return f"step {self.state.step}: no documents to validate on"
+        score = validate(self.model, self.valid, self._forward)
+        best = min(score.bits_per_byte, self.state.best_bits_per_byte or math.inf)
+        self.state = dataclasses.replace(
+            self.state, bits_per_byte=score.bits_per_byte, best_bits_per_byte=best
+        )
+        self.metrics.log(
+            self.state.step, valid_nats=score.nats_per_token, bits_per_byte=score.bits_per_byte
+        )
+        return (
+            f"step {self.state.step}: validation {score.nats_per_token:.4f} nats per token,"
+            f" {score.bits_per_byte:.4f} bits per byte"
+        )
+
+    def sample(self) -> str:
+        """Tell a story and keep it in ``samples.txt``."""
+        story = tell(self.model, self.tokenizer, PROMPT, seed=self.state.step)
+        with open(self.run / "samples.txt", "a", encoding="utf-8") as file:
+            file.write(f"step {self.state.step}\n{story}\n\n")
+        return f"step {self.state.step}: {story}"
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+        folder = save_checkpoint(self.run, self.state, self.model, self.optimizers, self.vocabulary)
+        self._saved = True
+        return folder
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        with self.autocast():
+            logits: Tensor = self.model(tokens)
+        return logits
+
+    def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        logits = self._forward(tokens).float()
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    def _describe(self) -> None:
+        recipe, split = self.recipe, self.windows.split
+        tokens = recipe.steps * recipe.tokens_per_step
+        _say(
+            f"{recipe.model.n_parameters / 1e6:.2f}M parameters on {self.model.tok_embed.device};"
+            f" {len(split):,} documents, {split.n_tokens:,} tokens;"
+            f" {recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens,"
+            f" {tokens / split.n_tokens:.1f} epochs; from step {self.state.step}"
+        )
+
+
+def previous_run(run: Path, recipe: Recipe, data_sha256: str) -> Path | None:
+    """The checkpoint to go on from, if ``run`` holds one.
+
+    Raises ConfigError when it is one of another recipe or of other data.
+    """
+    try:
+        folder = find_checkpoint(run)
+    except FileNotFoundError:
+        return None
+    state = load_state(folder)
+    if state.data_sha256 != data_sha256:
+        raise ConfigError(f"{run} was trained on other data (the manifest differs)")
+    try:
+        before = recipe_from_dict(state.recipe, str(folder / "trainer.json")).to_dict()
+    except ConfigError as error:
+        raise FormatError(str(error)) from None
+    now = recipe.to_dict()
+    for key in now:
+        if key not in FREE_SETTINGS and before[key] != now[key]:
+            raise ConfigError(
+                f"{run} holds a run of another recipe: {key} was {before[key]!r},"
+                f" now {now[key]!r}; choose another folder"
+            )
+    return folder
+
+
+def make_optimizers(model: Llama, recipe: Recipe) -> dict[str, Optimizer]:
+    """The optimizers by kind; weight decay falls on matrices, never on norms.
+
+    Muon (Jordan, 2024; steps scaled to AdamW's size as in arXiv 2502.16982) takes the matrices of
+    the layers; embedding, output head and norms are AdamW's. A learning rate is set at each step.
+    """
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("layers.")]
+    tables = [
+        p for n, p in model.named_parameters() if p.dim() == 2 and not n.startswith("layers.")
+    ]
+    norms = [p for p in model.parameters() if p.dim() == 1]
+    optimizers: dict[str, Optimizer] = {}
+    if recipe.optimizer == "muon":
+        optimizers["muon"] = Muon(
+            matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
+        )
+        matrices = []
+    optimizers["adamw"] = AdamW(
+        [
+            {"params": matrices + tables, "weight_decay": recipe.weight_decay},
+            {"params": norms, "weight_decay": 0.0},
+        ],
+        betas=(recipe.beta1, recipe.beta2),
+        fused=model.tok_embed.device.type in ("cpu", "cuda"),
+    )
+    return optimizers
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[threading.Event]:
+    """An event that the first SIGINT or SIGTERM sets; a second one acts as it always does."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, frame: object) -> None:
+        stop.set()
+        signal.signal(number, before[signal.Signals(number)])
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _due(step: int, every: int, last: bool) -> bool:
+    return last or (every > 0 and step % every == 0)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,105 @@
+"""How good a model is while it trains: bits per byte of unseen documents, and a story it tells."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from ..errors import ConfigError
+from .batches import Split
+from .model import Llama
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
+
+    Forward = Callable[[torch.Tensor], torch.Tensor]
+
+ROWS = 16
+
+
+class Validation(NamedTuple):
+    """Score of a split: mean loss of a token, and total loss in bits over the text's bytes."""
+
+    nats_per_token: float
+    bits_per_byte: float
+    n_tokens: int
+
+
+def validate(model: Llama, split: Split, forward: Forward | None = None) -> Validation:
+    """Score every token after BOS, EOS too, of each document of ``split`` on its own.
+
+    bits per byte = total nats / ln 2 / UTF-8 bytes of the documents' text. A document longer than
+    the context is scored in windows that overlap by half, each token once, in the first window
+    that has it. ``forward`` (default: the model) maps tokens (rows, n) to logits.
+
+    Raises ConfigError when the split is empty.
+    """
+    if not len(split) or not split.n_bytes:
+        raise ConfigError(f"{split.name}: there are no documents to validate on")
+    forward = forward or model
+    device = model.tok_embed.device
+    pieces = sorted(_pieces(split, model.config.max_seq_len), key=lambda piece: len(piece[0]))
+    total, count = 0.0, 0
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for i in range(0, len(pieces), ROWS):
+            rows = pieces[i : i + ROWS]
+            width = max(len(tokens) for tokens, _ in rows)
+            tokens = np.zeros((len(rows), width), np.int64)
+            scored = np.zeros((len(rows), width - 1), bool)
+            for row, (piece, first) in enumerate(rows):
+                tokens[row, : len(piece)] = piece
+                scored[row, first : len(piece) - 1] = True
+            batch = torch.from_numpy(tokens).to(device)
+            logits = forward(batch[:, :-1]).float()
+            nats = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
+            mask = torch.from_numpy(scored.ravel()).to(device)
+            total += float(nats[mask].double().sum())
+            count += int(scored.sum())
+    model.train(was_training)
+    return Validation(total / count, total / math.log(2) / split.n_bytes, count)
+
+
+def _pieces(split: Split, context: int) -> Iterator[tuple[np.ndarray, int]]:
+    """(tokens, index of the first to score among tokens[1:]) of each window of each document."""
+    for i in range(len(split)):
+        n_targets = int(split.length[i]) - 1
+        begin, scored = 0, 0
+        while scored < n_targets:
+            end = min(begin + context, n_targets)
+            yield split.document(i, begin, end + 1), scored - begin
+            scored = end
+            begin = max(0, end - context // 2)
+
+
+def tell(
+    model: Llama,
+    tokenizer: SentencePieceProcessor,
+    prompt: str,
+    *,
+    seed: int,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+) -> str:
+    """Continue ``prompt`` by sampling, until EOS: text. Slow (no cache), and only for a look."""
+    random = torch.Generator().manual_seed(seed)
+    tokens = [tokenizer.bos_id(), *tokenizer.encode(prompt)]
+    room = model.config.max_seq_len - len(tokens)
+    device = model.tok_embed.device
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for _ in range(min(max_new_tokens, room)):
+            logits = model(torch.tensor([tokens], device=device))[0, -1].float().cpu()
+            token = int(torch.multinomial((logits / temperature).softmax(0), 1, generator=random))
+            if token == tokenizer.eos_id():
+                break
+            tokens.append(token)
+    model.train(was_training)
+    return str(tokenizer.decode(tokens[1:]))

@@ -1,0 +1,340 @@
+"""The trainer: resuming, shuffling, scoring, saving, and every refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+sentencepiece = pytest.importorskip("sentencepiece")
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+
+from tinyllama.config import Config  # noqa: E402
+from tinyllama.errors import ConfigError, FormatError, NonFiniteError  # noqa: E402
+from tinyllama.train import checkpoint as checkpoints  # noqa: E402
+from tinyllama.train.batches import TokenFolder, Windows  # noqa: E402
+from tinyllama.train.checkpoint import find_checkpoint, load_state, load_weights  # noqa: E402
+from tinyllama.train.model import Llama  # noqa: E402
+from tinyllama.train.recipe import Recipe  # noqa: E402
+from tinyllama.train.trainer import Trainer, make_optimizers  # noqa: E402
+from tinyllama.train.validate import validate  # noqa: E402
+
+VOCAB = 300
+CONFIG = Config(dim=16, n_layers=2, n_heads=2, vocab_size=VOCAB, max_seq_len=32, hidden_dim=32)
+RECIPE = Recipe(
+    model=CONFIG, steps=6, batch_size=2, grad_accum=2, seq_len=16, optimizer="muon",
+    learning_rate=1e-2, warmup_steps=2, dropout=0.1, every_eval=3, every_save=1, every_sample=0,
+    device="cpu", dtype="f32", compile="no", n_threads=1,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token folder of made-up stories, as ``tinyllama data prepare`` lays it out."""
+    folder = tmp_path_factory.mktemp("tokens")
+    random = np.random.default_rng(0)
+    words = "the a cat dog sat ran saw big red ball tree and then he she was happy".split()
+    stories = [" ".join(random.choice(words, random.integers(3, 30))) + "." for _ in range(60)]
+    (folder / "text.txt").write_text("\n".join(stories) * 3)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=VOCAB,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2,
+    )  # fmt: skip
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
+    splits = {}
+    for name, texts in (("train", stories[:50]), ("valid", stories[50:])):
+        documents = [[1, *processor.encode(text), 2] for text in texts]
+        shards = []
+        for i in range(2):
+            half = documents[i::2]
+            flat = np.array([token for document in half for token in document], "<u2")
+            flat.tofile(folder / f"{name}-{i}.bin")
+            shards.append({"file": f"{name}-{i}.bin", "documents": len(half), "tokens": len(flat)})
+        splits[name] = {
+            "documents": len(texts),
+            "bytes": sum(len(text.encode()) for text in texts),
+            "shards": shards,
+        }
+    manifest = {
+        "format": "tinyllama-tokens", "version": 1, "dtype": "uint16", "bos_id": 1, "eos_id": 2,
+        "tokenizer": {"file": "tokenizer.model", "vocab_size": VOCAB}, "splits": splits,
+    }  # fmt: skip
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def weights(trainer: Trainer) -> dict[str, np.ndarray]:
+    return {name: value.detach().numpy() for name, value in trainer.model.state_dict().items()}
+
+
+def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(a[name], b[name]) for name in a)
+
+
+def in_parts(recipe: Recipe, data: Path, run: Path, stops: list[int]) -> Trainer:
+    """Train in several processes' stead: a new Trainer for every part, from its checkpoint."""
+    for stop in stops:
+        trainer = Trainer(recipe, data, run)
+        while trainer.state.step < stop:
+            trainer.step()
+        trainer.save()
+    trainer = Trainer(recipe, data, run)
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_interrupted_three_times_is_bitwise_the_same(
+    tokens: Path, tmp_path: Path, optimizer: str
+) -> None:
+    recipe = dataclasses.replace(RECIPE, optimizer=optimizer)
+    straight = Trainer(recipe, tokens, tmp_path / "straight")
+    straight.train()
+    parts = in_parts(recipe, tokens, tmp_path / "parts", [1, 3, 4])
+    assert same(weights(straight), weights(parts))
+    straight_records = [
+        {k: v for k, v in r.items() if k != "seconds"} for r in straight.metrics.records
+    ]
+    last = straight_records[-1]
+    assert {k: v for k, v in parts.metrics.records[-1].items() if k != "seconds"} == last
+
+
+@pytest.mark.parametrize("lost", ["optimizer", "step", "seed", "dropout"])
+def test_losing_any_part_of_the_state_is_noticed(
+    tokens: Path, tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    straight = Trainer(RECIPE, tokens, tmp_path / "straight")
+    straight.train()
+    part = Trainer(RECIPE, tokens, tmp_path / "part")
+    for _ in range(3):
+        part.step()
+    part.save()
+    if lost == "optimizer":
+        monkeypatch.setattr("tinyllama.train.trainer.load_optimizers", lambda *_: None)
+    part = Trainer(RECIPE, tokens, tmp_path / "part")
+    if lost == "step":  # position in the text and in the schedule
+        part.state = dataclasses.replace(part.state, step=2)
+    if lost == "seed":
+        part.windows.seed += 1
+        part.windows._epoch = -1
+    if lost == "dropout":
+        manual_seed = torch.manual_seed
+        monkeypatch.setattr(torch, "manual_seed", lambda seed: manual_seed(seed + 1))
+    for _ in range(3):
+        part.step()
+    assert not same(weights(straight), weights(part))
+
+
+def test_signal_saves_and_the_same_call_goes_on(tokens: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, every_save=0)
+    straight = Trainer(recipe, tokens, tmp_path / "straight")
+    straight.train()
+    trainer = Trainer(recipe, tokens, tmp_path / "run")
+    one_step = trainer.step
+
+    def step_then_signal() -> float:
+        nats = one_step()
+        if trainer.state.step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return nats
+
+    trainer.step = step_then_signal  # type: ignore[method-assign]
+    assert trainer.train().name == "step-00000002"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    resumed = Trainer(recipe, tokens, tmp_path / "run")
+    assert resumed.state.step == 2
+    resumed.train()
+    assert same(weights(straight), weights(resumed))
+
+
+def test_every_epoch_sees_every_document_in_an_order_of_its_own(tokens: Path) -> None:
+    split = TokenFolder(tokens).split("train")
+    windows = Windows(split, 16, seed=7)
+    epochs = []
+    for epoch in range(2):
+        first = epoch * windows.windows_per_epoch
+        batch = windows.batch(first, windows.windows_per_epoch)
+        assert batch.shape == (windows.windows_per_epoch, 17)
+        epochs.append(batch)
+        starts = {tuple(split.document(i, 0, 5)) for i in range(len(split))}
+        joined = {tuple(row[i : i + 5]) for row in batch for i in np.flatnonzero(row[:13] == 1)}
+        # Documents that begin in a window's last four tokens are found in part only.
+        assert len(starts & joined) > 0.6 * len(starts) and joined <= starts
+        counts = np.bincount(batch[:, 1:].ravel(), minlength=VOCAB)
+        total = sum(np.bincount(split.document(i), minlength=VOCAB) for i in range(len(split)))
+        assert (counts <= total).all() and counts.sum() >= total.sum() - 2 * 16
+    assert not np.array_equal(*epochs)
+    again = Windows(split, 16, seed=7)
+    assert np.array_equal(again.batch(windows.windows_per_epoch, 3), epochs[1][:3])
+    other = Windows(split, 16, seed=8)
+    assert not np.array_equal(other.batch(0, 3), epochs[0][:3])
+
+
+def test_bits_per_byte_scores_every_document_alone_from_bos(tokens: Path) -> None:
+    torch.manual_seed(0)
+    split = TokenFolder(tokens).split("valid")
+    model = Llama(dataclasses.replace(CONFIG, max_seq_len=64))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8.0)
+    total, count = 0.0, 0
+    for i in range(len(split)):
+        document = torch.from_numpy(split.document(i))
+        with torch.no_grad():
+            log_p = model(document[None, :-1])[0].log_softmax(-1)
+        total -= float(log_p[torch.arange(len(document) - 1), document[1:]].sum())
+        count += len(document) - 1
+    score = validate(model, split)
+    assert score.n_tokens == count == split.n_tokens - len(split)
+    assert score.nats_per_token == pytest.approx(total / count, rel=1e-5)
+    assert score.bits_per_byte == pytest.approx(total / math.log(2) / split.n_bytes, rel=1e-5)
+    short = Llama(dataclasses.replace(CONFIG, max_seq_len=12))
+    assert validate(short, split).n_tokens == count  # longer documents: each token once
+
+
+def test_weight_decay_falls_on_matrices_only() -> None:
+    model = Llama(CONFIG)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for kind in ("adamw", "muon"):
+        recipe = dataclasses.replace(RECIPE, optimizer=kind, weight_decay=0.25)
+        seen = []
+        for optimizer in make_optimizers(model, recipe).values():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    is_matrix = parameter.dim() == 2
+                    assert group["weight_decay"] == (0.25 if is_matrix else 0.0)
+                    seen.append(names[id(parameter)])
+        assert sorted(seen) == sorted(CONFIG.tensor_shapes())
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    recipe = dataclasses.replace(RECIPE, steps=110, warmup_steps=10, final_lr_fraction=0.1)
+    for schedule, middle in (("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)):
+        recipe = dataclasses.replace(recipe, schedule=schedule)
+        assert recipe.lr_fraction(0) == pytest.approx(0.1)
+        assert recipe.lr_fraction(9) == recipe.lr_fraction(10) == 1.0
+        assert recipe.lr_fraction(60) == pytest.approx(middle)
+    assert dataclasses.replace(recipe, schedule="linear").lr_fraction(110) == pytest.approx(0.1)
+
+
+def test_only_the_last_two_and_the_best_checkpoint_are_kept(tokens: Path, tmp_path: Path) -> None:
+    trainer = Trainer(RECIPE, tokens, tmp_path)
+    for bits in (3.0, 1.0, 2.0, 2.5, 2.6):
+        trainer.step()
+        best = min(bits, trainer.state.best_bits_per_byte or math.inf)
+        trainer.state = dataclasses.replace(
+            trainer.state, bits_per_byte=bits, best_bits_per_byte=best
+        )
+        trainer.save()
+    kept = sorted(folder.name for folder in tmp_path.glob("step-*"))
+    assert kept == ["step-00000002", "step-00000004", "step-00000005"]
+    assert find_checkpoint(tmp_path).name == "step-00000005"
+    assert find_checkpoint(tmp_path, "BEST").name == "step-00000002"
+
+
+@pytest.mark.parametrize("failing", ["save_hf", "trainer.json", "LATEST"])
+def test_a_save_that_fails_leaves_the_earlier_checkpoint(
+    tokens: Path, tmp_path: Path, failing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(RECIPE, tokens, tmp_path)
+    trainer.step()
+    trainer.save()
+    before = weights(trainer)
+    before = {name: value.copy() for name, value in before.items()}
+    trainer.step()
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        if failing == "save_hf":
+            patch.setattr("tinyllama.formats.hf.save_hf", full)
+        elif failing == "trainer.json":
+            patch.setattr(Path, "write_text", full)
+        else:
+            patch.setattr(checkpoints, "whole_file", full)
+        with pytest.raises(OSError, match="No space left"):
+            trainer.save()
+    assert load_state(find_checkpoint(tmp_path)).step == 1
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    model = Llama(CONFIG)
+    load_weights(find_checkpoint(tmp_path), model)
+    assert same(before, {name: value.numpy() for name, value in model.state_dict().items()})
+    trainer.save()
+    assert load_state(find_checkpoint(tmp_path)).step == 2
+
+
+def test_init_from_starts_at_the_weights_of_another_run(tokens: Path, tmp_path: Path) -> None:
+    first = Trainer(RECIPE, tokens, tmp_path / "first")
+    first.train()
+    recipe = dataclasses.replace(RECIPE, init_from=str(tmp_path / "first"), seq_len=32)
+    second = Trainer(recipe, tokens, tmp_path / "second")
+    assert second.state.step == 0
+    assert same(weights(first), weights(second))
+
+
+def test_another_recipe_or_other_data_is_refused(tokens: Path, tmp_path: Path) -> None:
+    trainer = Trainer(RECIPE, tokens, tmp_path)
+    trainer.step()
+    trainer.save()
+    with pytest.raises(ConfigError, match=r"another recipe: learning_rate was 0\.01, now 0\.02"):
+        Trainer(dataclasses.replace(RECIPE, learning_rate=0.02), tokens, tmp_path)
+    Trainer(dataclasses.replace(RECIPE, every_save=5), tokens, tmp_path)
+    state = dataclasses.replace(trainer.state, data_sha256="0" * 64)
+    source = find_checkpoint(tmp_path) / "trainer.json"
+    values = {"format": "tinyllama-trainer", "version": 1, **dataclasses.asdict(state)}
+    source.write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="other data"):
+        Trainer(RECIPE, tokens, tmp_path)
+    source.write_text("{")
+    with pytest.raises(FormatError, match=re.escape(str(source))):
+        Trainer(RECIPE, tokens, tmp_path)
+
+
+def test_less_text_than_one_window_is_refused(tokens: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(
+        RECIPE, seq_len=4000, model=dataclasses.replace(CONFIG, max_seq_len=4000)
+    )
+    with pytest.raises(ConfigError, match="fewer than one window"):
+        Trainer(recipe, tokens, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_vocabulary_that_is_not_the_tokenizers_is_refused(tokens: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, model=dataclasses.replace(CONFIG, vocab_size=301))
+    with pytest.raises(ConfigError, match="has 300 tokens.*vocab_size is 301"):
+        Trainer(recipe, tokens, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tokens: Path, tmp_path: Path) -> None:
+    trainer = Trainer(RECIPE, tokens, tmp_path)
+    trainer.step()
+    trainer.save()
+    with torch.no_grad():
+        trainer.model.final_norm.fill_(math.nan)
+    with pytest.raises(NonFiniteError, match="nan at step 2"):
+        trainer.train()
+    assert load_state(find_checkpoint(tmp_path)).step == 1
+
+
+def test_a_damaged_token_folder_is_refused(tokens: Path, tmp_path: Path) -> None:
+    for file in tokens.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    shard = tmp_path / "train-0.bin"
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(FormatError, match=r"train-0\.bin"):
+        TokenFolder(tmp_path).split("train")
+    (tmp_path / "manifest.json").write_text('{"format": "tinyllama-tokens", "version": 1}')
+    with pytest.raises(FormatError, match="manifest.json.*'dtype'"):
+        TokenFolder(tmp_path)
