@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import random
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -29,6 +30,11 @@ __all__ = [
 
 # sentencepiece holds a position within a word in 16 bits, and a line of Chinese may be one word.
 MAX_LINE_CHARACTERS = 4096
+DEFAULT_COVERAGE = 0.9995
+ALPHABET_SHARE = 0.7
+ASCII = frozenset(map(chr, range(0x21, 0x7F)))
+# sentencepiece's own marks and NUL: it skips whole lines that hold them.
+RESERVED = frozenset("\u2581\u2585\u2047\0")
 
 
 def train(
@@ -36,7 +42,7 @@ def train(
     out: str | os.PathLike[str],
     vocab_size: int,
     *,
-    character_coverage: float = 0.9995,
+    character_coverage: float | None = None,
     byte_fallback: bool = True,
     split_digits: bool = True,
     sample_lines: int = 1_000_000,
@@ -48,8 +54,10 @@ def train(
 
     ``inputs``: files, folders or globs as ``tinyllama.data.Documents`` reads them, all merged;
     ``sample_lines`` of their non-empty lines, drawn at random with ``seed``, are learned from.
-    ``character_coverage``: the share of all characters that get a token of their own; with
-    ``byte_fallback`` the rest is spelled in bytes, without it they become the unknown token.
+    ``character_coverage``: the most frequent characters that together make up this share of the
+    text get a token of their own, and so does all of ASCII that occurs; with ``byte_fallback``
+    the rest is spelled in bytes, without it they become the unknown token. None: 0.9995, or
+    less where so many characters would take more than ALPHABET_SHARE of the vocabulary (Chinese).
     ``split_digits``: every digit is a token, which makes numbers easier to learn.
 
     Writes ``out`` (``….model``) and the pieces as text beside it (``….vocab``): text is taken
@@ -62,9 +70,12 @@ def train(
         raise ArgumentError(f"out is {str(out)!r}: the name of a tokenizer ends in .model")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out.parent}: the folder for {out.name} does not exist")
+    n_special = 3 + 256 * byte_fallback
+    coverage = character_coverage
+    if coverage is not None and not 0 < coverage <= 1:
+        raise ArgumentError(f"character_coverage is {coverage}, expected above 0 and up to 1")
     for name, value, low, high in (
-        ("vocab_size", vocab_size, 4 + 256 * byte_fallback, 2**20),
-        ("character_coverage", character_coverage, 0.5, 1.0),
+        ("vocab_size", vocab_size, n_special + 2, 2**20),
         ("sample_lines", sample_lines, 1, 10**9),
     ):
         if not low <= value <= high:
@@ -72,7 +83,8 @@ def train(
     lines = _sample(_lines(Documents(inputs, field=field, separator=separator)), sample_lines, seed)
     if not lines:
         raise ArgumentError("the inputs hold no text to learn from")
-    model = _fit(lines, vocab_size, character_coverage, byte_fallback, split_digits)
+    alphabet = _alphabet(lines, character_coverage, vocab_size - n_special)
+    model = _fit(_keep(lines, alphabet), vocab_size, byte_fallback, split_digits)
     vocabulary = read_sentencepiece(model, source=str(out))
     rows = zip(vocabulary.pieces, vocabulary.scores.tolist(), strict=True)
     with whole_file(out.with_suffix(".vocab")) as file:
@@ -102,13 +114,39 @@ def _sample(lines: Iterator[str], n: int, seed: int) -> list[str]:
     return chosen
 
 
-def _fit(
-    lines: list[str],
-    vocab_size: int,
-    character_coverage: float,
-    byte_fallback: bool,
-    split_digits: bool,
-) -> bytes:
+def _alphabet(lines: list[str], coverage: float | None, n_free: int) -> set[str]:
+    """The characters that get a token, when ``n_free`` tokens are left for them and for merges."""
+    counts: Counter[str] = Counter()
+    for line in lines:
+        counts.update(line)
+    wanted = (DEFAULT_COVERAGE if coverage is None else coverage) * counts.total()
+    alphabet = {" "} | {char for char in counts if char in ASCII}
+    covered = sum(counts[char] for char in alphabet)
+    for char, count in sorted(counts.items(), key=lambda item: (-item[1], item[0])):
+        full = coverage is None and len(alphabet) >= ALPHABET_SHARE * n_free
+        if covered >= wanted or full:
+            break
+        if char not in alphabet and char not in RESERVED:
+            alphabet.add(char)
+            covered += count
+    if len(alphabet) > n_free:
+        raise ArgumentError(
+            f"{len(alphabet):,} characters want a token of their own, but the vocabulary has room"
+            f" for {n_free:,}: raise vocab_size or lower character_coverage"
+        )
+    return alphabet
+
+
+def _keep(lines: list[str], alphabet: set[str]) -> Iterator[str]:
+    """The lines with every other character as a digit, which no token joins to its neighbours.
+
+    sentencepiece can leave out rare characters itself, but at most 2 % of the text.
+    """
+    others = {ord(char): "0" for line in lines for char in set(line) - alphabet - {" "}}
+    return (line.translate(others) for line in lines) if others else iter(lines)
+
+
+def _fit(lines: Iterator[str], vocab_size: int, byte_fallback: bool, split_digits: bool) -> bytes:
     try:
         import sentencepiece
     except ImportError:
@@ -116,11 +154,11 @@ def _fit(
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines),
+            sentence_iterator=lines,
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            character_coverage=character_coverage,
+            character_coverage=1.0,
             byte_fallback=byte_fallback,
             split_digits=split_digits,
             normalization_rule_name="identity",
@@ -137,7 +175,5 @@ def _fit(
     except RuntimeError as error:
         # "INTERNAL: path/to/source.cc(123) [condition] What it means."
         reason = str(error).rsplit("] ", 1)[-1].strip()
-        raise ArgumentError(
-            f"vocab_size {vocab_size} does not suit {len(lines)} lines of text: {reason}"
-        ) from None
+        raise ArgumentError(f"vocab_size {vocab_size} does not suit the text: {reason}") from None
     return model.getvalue()

@@ -92,7 +92,7 @@ def _register_prepare(verbs: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def run_check(args: argparse.Namespace) -> None:
-    from ..data.check import FINDINGS, check
+    from ..data.mending import FINDINGS, check
 
     report = check(
         args.inputs,
@@ -116,7 +116,7 @@ def run_check(args: argparse.Namespace) -> None:
 
 
 def run_prepare(args: argparse.Namespace) -> None:
-    from ..data.prepare import prepare
+    from ..data.shards import prepare
 
     manifest = prepare(
         args.inputs,

@@ -33,9 +33,9 @@ def _register_train(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--character-coverage",
         type=float,
-        default=0.9995,
-        help="share of all characters that get their own token; the rest is spelled in bytes"
-        " (default: %(default)s, which suits Chinese; 1.0 for a small alphabet)",
+        help="the most frequent characters that make up this share of the text get their own"
+        " token; the rest is spelled in bytes (default: 0.9995, or less where that would take"
+        " most of the vocabulary)",
     )
     parser.add_argument(
         "--sample-lines",

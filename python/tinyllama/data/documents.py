@@ -260,7 +260,7 @@ def _read_csv(
                 raise FormatError(f"{path}: {where}: more values than the header has names")
             yield where, _text_of(record, field, f"{path}: {where}")
     except csv.Error as error:
-        raise FormatError(f"{path}: line {reader.line_num}: damaged CSV: {error}") from None
+        raise FormatError(f"{path}: line {reader.reader.line_num}: damaged CSV: {error}") from None
 
 
 def _read_parquet(stream: BinaryIO, field: str | None, path: Path) -> Iterator[tuple[str, str]]:

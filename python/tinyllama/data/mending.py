@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import ArgumentError, MissingExtraError
 from ..files import whole_file
 from .documents import SEPARATOR, Documents, PathLike
-from .prepare import text_key
+from .shards import text_key
 
 # What is looked for: its title in the report, and what a repair does about it.
 FINDINGS = {

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import signal
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -263,7 +265,16 @@ def _start_worker(encoding: Encoding) -> None:
 
 def _start_process(encoding: Encoding) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that collects
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _start_worker(encoding)
+
+
+def _end_with_parent() -> None:
+    # The queue a worker waits on stays open when the process that fills it is killed.
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _encode_unit(unit: list[str], split: str, path: Path) -> None:

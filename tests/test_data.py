@@ -1,0 +1,243 @@
+"""Reading documents, finding and mending damage: every kind of file, every kind of bad input."""
+
+import csv
+import gzip
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from tinyllama.data import Documents, check
+from tinyllama.data.mending import cut, mend_encoding
+from tinyllama.errors import ArgumentError, FormatError
+
+STORIES = ["One day, a cat sat.\n\nThe end.", "“Olá,” she said.", "从前有一只猫。🐱"]
+
+
+def texts(*inputs, **options):
+    return [text for _, text in Documents(inputs, **options)]
+
+
+def as_text(stories):
+    return "\n<|endoftext|>\n".join(stories).encode()
+
+
+def as_jsonl(stories):
+    return "".join(json.dumps({"id": 1, "text": s}) + "\n" for s in stories).encode()
+
+
+def as_json(stories):
+    records = [{"summary": "no", "story": f"\n{s}\n"} for s in stories]
+    return json.dumps(records, ensure_ascii=False).encode()
+
+
+def as_csv(stories, delimiter=","):
+    file = io.StringIO(newline="")
+    rows = csv.writer(file, delimiter=delimiter)
+    rows.writerow(["label", "content"])
+    rows.writerows([i, s] for i, s in enumerate(stories))
+    return file.getvalue().encode()
+
+
+def as_parquet(stories):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    file = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": stories, "n": list(range(len(stories)))}), file)
+    return file.getvalue()
+
+
+def zstd(data):
+    pyarrow = pytest.importorskip("pyarrow")
+    return pyarrow.compress(data, codec="zstd", asbytes=True)
+
+
+WRITERS = {
+    ".txt": as_text,
+    ".jsonl": as_jsonl,
+    ".json": as_json,
+    ".csv": as_csv,
+    ".tsv": lambda stories: as_csv(stories, "\t"),
+    ".parquet": as_parquet,
+}
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_every_kind_of_file_gives_the_same_documents(tmp_path, suffix, compression):
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstd}[compression]
+    path = tmp_path / f"stories.v1{suffix}{compression}"
+    path.write_bytes(pack(WRITERS[suffix](STORIES)))
+    documents = Documents(path)
+    assert [text for _, text in documents] == STORIES
+    assert documents.position == documents.size == path.stat().st_size
+
+
+@pytest.mark.parametrize("suffix", [".txt.gz", ".txt.zst", ".parquet"])
+def test_a_truncated_file_is_an_error_not_fewer_documents(tmp_path, suffix):
+    text = as_text([f"story {i} {i * i}" for i in range(500)])
+    whole = {".txt.gz": gzip.compress, ".txt.zst": zstd}.get(suffix, lambda _: as_parquet(STORIES))
+    path = tmp_path / f"stories{suffix}"
+    path.write_bytes(whole(text)[:-20])
+    with pytest.raises(FormatError, match=rf"stories{suffix}: damaged"):
+        texts(path)
+
+
+def test_text_without_separator_is_one_document_and_the_separator_can_be_named(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\n\r\ntwo\r\n---\r\nthree\n")
+    assert texts(path) == ["one\n\ntwo\n---\nthree"]
+    assert texts(path, separator="---") == ["one\n\ntwo", "three"]
+    assert [where for where, _ in Documents(path, separator="---")] == [
+        f"{path}: line 1",
+        f"{path}: line 5",
+    ]
+
+
+def test_folders_and_globs_are_sorted_and_each_file_is_read_once(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.txt", "a.txt", "deep/c.jsonl"):
+        path = tmp_path / name
+        path.write_bytes((as_jsonl if name.endswith("jsonl") else as_text)([name]))
+    (tmp_path / "notes.md").write_text("not read")
+    (tmp_path / ".hidden.txt").write_text("not read")
+    assert texts(tmp_path) == ["a.txt", "b.txt", "deep/c.jsonl"]
+    assert texts(tmp_path / "b.txt", f"{tmp_path}/*.txt") == ["b.txt", "a.txt"]
+
+
+def test_the_field_may_be_named(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "no", "body": "yes"}\n\n{"text": "no", "body": "too"}\n')
+    assert texts(path, field="body") == ["yes", "too"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"fine\nbad \xff here\n", "a.txt: line 2: not UTF-8: byte 0xFF at offset 9"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl: line 2: not JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', "line 2: does not have any of story, text"),
+        ("a.jsonl", b'{"text": 5}\n', "line 1: text is number, expected text"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "line 1: text holds half a surrogate pair"),
+        ("a.jsonl", b"[1]\n", "line 1: holds a JSON list, expected an object"),
+        ("a.jsonl", b"[" * 100_000, "line 1: not JSON"),
+        ("a.json", b'{"text": "x"}', "holds a JSON object, expected a list"),
+        ("a.json", b'[{"story": "x"}, {"story": null}]', "record 2: story is null"),
+        ("a.csv", b"label,text\n1\n", "record 1: text is null, expected text"),
+        ("a.csv", b"label,text\n1,a,b\n", "record 1: more values than the header"),
+        ("a.csv", b'label,text\n1,"a\n', "line 2: damaged CSV"),
+        ("a.csv", b"label,title\n1,a\n", "record 1: does not have any of .* it has label, title"),
+        ("a.parquet", b"PAR1 not", "a.parquet: damaged Parquet"),
+        ("a.txt.gz", b"not gzip", "a.txt.gz: damaged compressed data"),
+        ("a.doc", b"x", "a.doc: unknown kind of file, expected .txt"),
+    ],
+)
+def test_bad_input_is_named(tmp_path, name, content, message):
+    if name.endswith("parquet"):
+        pytest.importorskip("pyarrow")
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(FormatError, match=message):
+        texts(path)
+
+
+def test_inputs_that_name_nothing(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        Documents(tmp_path / "nowhere.txt")
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        Documents(f"{tmp_path}/*.txt")
+    with pytest.raises(ArgumentError, match="holds no"):
+        Documents(tmp_path)
+    with pytest.raises(ArgumentError, match="no input"):
+        Documents([])
+
+
+def damage(text):
+    """UTF-8 read as Windows-1252, the five bytes it does not know dropped, as many programs do."""
+    return text.encode().decode("cp1252", "ignore")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "“Hello,” she said. “I’m here — now.”",
+        "He said “yes.”\n\nThen he left.",
+        "Olá, não é açúcar… – fim",
+        "“A,” said B, “C.” D",
+    ],
+)
+def test_damaged_encoding_is_mended(text):
+    pytest.importorskip("ftfy")
+    assert damage(text) != text
+    assert mend_encoding(damage(text)) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "“Curly” ‘quotes’ stay — as do … and ﬁ, ｆｕｌｌ width, & &amp; and e\u0301",
+        "从前有一只猫，“它”说：你好！",
+        "Ação, coração, São João; naïve café",
+        "a dagger † and a euro € sign, 5 €",
+        "tab\tand\x0cform feed",
+    ],
+)
+def test_sound_text_is_left_alone(text):
+    pytest.importorskip("ftfy")
+    assert mend_encoding(text) == text
+
+
+@pytest.mark.parametrize("max_bytes", [10, 17, 64])
+def test_cut_loses_nothing_and_keeps_the_limit(max_bytes):
+    text = "One. Two three.\n\nFour five\nsix 从前有一只猫。它很高兴 " * 5 + "x" * 50 + "😀" * 20
+    pieces = list(cut(text, max_bytes))
+    assert all(0 < len(piece.encode()) <= max_bytes for piece in pieces)
+    assert "".join("".join(pieces).split()) == "".join(text.split())
+
+
+def test_check_finds_everything_and_repair_mends_it(tmp_path):
+    pytest.importorskip("ftfy")
+    path, mended = tmp_path / "a.txt", tmp_path / "mended.txt"
+    quote = "“Yes,” he said."
+    stories = ["Sound.", damage(quote), "", "Sound.  ", "Lost \ufffd.", "Long story.\n\n" * 20]
+    path.write_bytes(as_text(stories) + b"\n<|endoftext|>\nbad \x93bytes\x94\n")
+
+    report = check(path, repair=mended, max_bytes=100)
+    counts = {key: finding.count for key, finding in report.findings.items()}
+    assert counts == {
+        "damaged": 1, "invalid": 1, "lost": 1, "duplicates": 1, "empty": 1, "over_long": 1,
+    }  # fmt: skip
+    assert report.documents == 7
+    assert "line 3" in report.findings["damaged"].examples[0]
+    assert "“Yes" in report.findings["damaged"].examples[0]
+
+    result = texts(mended)
+    assert result[:3] == ["Sound.", quote, "Lost \ufffd."]
+    assert result[-1] == "bad “bytes”"
+    assert len(result) == report.written_documents
+    assert report.written_bytes == sum(len(text.encode()) for text in result)
+    assert len(result[3:-1]) > 1 and set("\n\n".join(result[3:-1]).split("\n\n")) == {"Long story."}
+    again = {key: finding.count for key, finding in check(mended, max_bytes=100).findings.items()}
+    assert again == dict.fromkeys(counts, 0) | {"lost": 1, "duplicates": again["duplicates"]}
+
+
+def test_repair_refuses_before_it_writes(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("text\n")
+    for target, message in ((path, "one of the inputs"), (tmp_path / "x.json", "ends in .txt")):
+        with pytest.raises(ArgumentError, match=message):
+            check(path, repair=target)
+    path.write_text("\n")
+    with pytest.raises(ArgumentError, match="would hold no document"):
+        check(path, repair=tmp_path / "out.txt")
+    assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_the_real_stories(shared: Path):
+    pytest.importorskip("ftfy")
+    findings = check(shared / "data/tinystories/train.txt").findings
+    assert findings["damaged"].count == 76
+    assert findings["invalid"].count == findings["lost"].count == 0
+    for name, damaged in (("tinystories/valid.txt", 2), ("books_en/storybooks.txt", 0)):
+        assert check(shared / "data" / name).findings["damaged"].count == damaged

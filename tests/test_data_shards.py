@@ -1,0 +1,229 @@
+"""Token shards: the same bytes however they are made, split by document, counted and hashed."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinyllama import tokenizer
+from tinyllama.data import prepare, shards
+from tinyllama.errors import ArgumentError, FormatError
+from tinyllama.formats.checkpoint import TokenType, Vocabulary
+
+sentencepiece = pytest.importorskip("sentencepiece")
+
+WORDS = ["once", "upon", "a", "time", "was", "little", "cat", "sat", "sun", "猫", "ção", "😀"]
+
+
+def write_stories(path: Path, n: int = 300, seed: int = 1) -> list[str]:
+    rng = random.Random(seed)
+    stories = [" ".join(rng.choices(WORDS, k=rng.randrange(3, 40))) for _ in range(n)]
+    path.write_text("\n<|endoftext|>\n".join(stories), encoding="utf-8")
+    return stories
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    write_stories(folder / "a.txt", seed=0)
+    tokenizer.train(folder / "a.txt", folder / "tokenizer.model", 320)
+    return folder / "tokenizer.model"
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch):
+    monkeypatch.setattr(shards, "UNIT_BYTES", 3000)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 4000)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def documents_in(folder: Path, split: str) -> list[list[int]]:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    documents: list[list[int]] = []
+    for shard in manifest["splits"][split]["shards"]:
+        tokens = np.memmap(folder / shard["file"], manifest["dtype"], "r").tolist()
+        ends = [i for i, token in enumerate(tokens) if token == manifest["eos_id"]]
+        assert len(ends) == shard["documents"] and len(tokens) == shard["tokens"]
+        for start, end in zip([0, *(i + 1 for i in ends)], ends, strict=False):
+            assert tokens[start] == manifest["bos_id"]
+            documents.append(tokens[start + 1 : end])
+    return documents
+
+
+def test_shards_hold_the_documents_and_the_manifest_counts_them(tmp_path, model):
+    stories = write_stories(tmp_path / "a.txt")
+    out = tmp_path / "tokens"
+    manifest = prepare(tmp_path / "a.txt", model, out, valid_fraction=0.2)
+    assert manifest == json.loads((out / "manifest.json").read_text())
+    assert manifest["format"] == "tinyllama-tokens" and manifest["version"] == 1
+    assert manifest["dtype"] == "uint16"
+    assert (out / "tokenizer.model").read_bytes() == model.read_bytes()
+    assert manifest["tokenizer"] == {
+        "file": "tokenizer.model",
+        "sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
+        "vocab_size": 320,
+    }
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    expected = {"train": [], "valid": []}
+    for story in stories:
+        expected["valid" if shards.is_validation(story, 0.2, 0) else "train"].append(story)
+    for split, chosen in expected.items():
+        assert documents_in(out, split) == [processor.encode(story) for story in chosen]
+        entry = manifest["splits"][split]
+        assert entry["documents"] == len(chosen)
+        assert entry["bytes"] == sum(len(story.encode()) for story in chosen)
+        for key in ("documents", "tokens", "bytes"):
+            assert entry[key] == sum(shard[key] for shard in entry["shards"])
+        for shard in entry["shards"]:
+            data = (out / shard["file"]).read_bytes()
+            assert shard["sha256"] == hashlib.sha256(data).hexdigest()
+    assert len(manifest["splits"]["train"]["shards"]) > 2
+    names = {shard["file"] for split in manifest["splits"].values() for shard in split["shards"]}
+    assert set(contents(out)) == names | {"manifest.json", "tokenizer.model"}
+
+
+def test_the_number_of_workers_changes_nothing(tmp_path, model):
+    write_stories(tmp_path / "a.txt")
+    for n in (1, 2):
+        prepare(tmp_path / "a.txt", model, tmp_path / str(n), valid_fraction=0.1, n_workers=n)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sends a signal")
+@pytest.mark.parametrize("killed_at", [2, 10, "join"])
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, model, killed_at, monkeypatch):
+    write_stories(tmp_path / "a.txt")
+    script = f"""
+        import os, signal
+        from tinyllama.data import prepare, shards
+        shards.UNIT_BYTES, shards.SHARD_BYTES = 3000, 4000
+        written, whole_file = 0, shards.whole_file
+        def die(*_):
+            os.kill(os.getpid(), signal.SIGKILL)
+        def counted(path):
+            global written
+            written += 1
+            return die() if written == {killed_at!r} else whole_file(path)
+        shards.whole_file = counted
+        if {killed_at!r} == "join":
+            shards._join = die
+        prepare("a.txt", {str(model)!r}, "out", valid_fraction=0.1)
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path)
+    assert killed.returncode == -signal.SIGKILL
+    out = tmp_path / "out"
+    assert not (out / "manifest.json").exists()
+    finished = len(list((out / ".units").glob("*.json")))
+    (out / ".units" / ".torn.train.1.part").write_bytes(b"half")
+
+    encoded = []
+    encode_unit = shards._encode_unit
+    monkeypatch.setattr(shards, "_encode_unit", lambda *a: (encoded.append(1), encode_unit(*a)))
+    prepare(tmp_path / "a.txt", model, out, valid_fraction=0.1)
+    resumed = len(encoded)
+    prepare(tmp_path / "a.txt", model, tmp_path / "fresh", valid_fraction=0.1)
+    assert resumed == len(encoded) - resumed - finished  # only what was missing was made again
+    assert contents(out) == contents(tmp_path / "fresh")
+
+
+def test_other_settings_do_not_take_over_finished_units(tmp_path, model):
+    write_stories(tmp_path / "a.txt")
+    first = prepare(tmp_path / "a.txt", model, tmp_path / "out", valid_fraction=0.1, seed=1)
+    second = prepare(tmp_path / "a.txt", model, tmp_path / "out", valid_fraction=0.1, seed=2)
+    assert first["splits"] != second["splits"]
+    prepare(tmp_path / "a.txt", model, tmp_path / "fresh", valid_fraction=0.1, seed=2)
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_the_split_follows_the_document_not_its_place(tmp_path, model):
+    stories = write_stories(tmp_path / "a.txt")
+    shuffled = random.Random(3).sample(stories, len(stories))
+    twice = [text for story in shuffled for text in (story, "  " + story.replace(" ", "  ", 1))]
+    (tmp_path / "b.txt").write_text("\n<|endoftext|>\n".join(twice), encoding="utf-8")
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    split = {}
+    for name in ("a", "b"):
+        prepare(tmp_path / f"{name}.txt", model, tmp_path / name, valid_fraction=0.3)
+        split[name] = {
+            side: {
+                " ".join(processor.decode(d).split()) for d in documents_in(tmp_path / name, side)
+            }
+            for side in ("train", "valid")
+        }
+    assert split["a"] == split["b"]
+    assert 0.2 < len(split["a"]["valid"]) / len(set(stories)) < 0.4
+
+
+def test_validation_text_can_be_named(tmp_path, model):
+    write_stories(tmp_path / "a.txt")
+    held_out = write_stories(tmp_path / "held_out.txt", n=7, seed=9)
+    out = prepare(tmp_path / "a.txt", model, tmp_path / "o", valid=tmp_path / "held_out.txt")
+    assert out["splits"]["train"]["documents"] == 300
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    expected = [processor.encode(story) for story in held_out]
+    assert documents_in(tmp_path / "o", "valid") == expected
+
+
+def test_more_than_65535_tokens_need_four_bytes(tmp_path):
+    extra = tuple(f"word{i}" for i in range(65_536 - 3))
+    vocabulary = Vocabulary(
+        pieces=("<unk>", "<s>", "</s>", *extra[:-2], "▁", "猫"),
+        scores=-np.arange(65_536, dtype=np.float32),
+        types=np.array(
+            [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+            + [TokenType.NORMAL] * len(extra),
+            np.int32,
+        ),
+    )
+    (tmp_path / "tokenizer.model").write_bytes(tokenizer.save_sentencepiece(vocabulary))
+    (tmp_path / "a.txt").write_text("猫", encoding="utf-8")
+    manifest = prepare(tmp_path / "a.txt", tmp_path, tmp_path / "out", valid_fraction=0)
+    assert manifest["dtype"] == "uint32"
+    assert manifest["splits"]["valid"] == {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
+    assert np.fromfile(tmp_path / "out/train-00000.bin", "<u4").tolist() == [1, 65534, 65535, 2]
+
+
+def test_bad_input_leaves_nothing_behind(tmp_path, model):
+    out = tmp_path / "out"
+    good, bad, empty = tmp_path / "good.txt", tmp_path / "bad.jsonl", tmp_path / "empty.txt"
+    write_stories(good)
+    bad.write_text('{"text": "fine"}\n' * 500 + '{"text": broken}\n')
+    empty.write_text("\n\n")
+    one = tmp_path / "one.txt"
+    one.write_text("a single story")
+    for inputs, options, error, message in (
+        (bad, {}, FormatError, "bad.jsonl: line 501: not JSON"),
+        (empty, {}, ArgumentError, "no document to train on"),
+        (one, {}, ArgumentError, "leaves no validation document among 1"),
+        (good, {"valid": empty}, ArgumentError, "validation inputs hold no document"),
+        (good, {"valid_fraction": 1.0}, ArgumentError, "valid_fraction is 1.0"),
+        (good, {"n_workers": 0}, ArgumentError, "n_workers is 0"),
+        (tmp_path / "none.txt", {}, FileNotFoundError, "none.txt"),
+    ):
+        with pytest.raises(error, match=message):
+            prepare(inputs, model, out, **options)
+        assert not out.exists()
+    with pytest.raises(FormatError, match="not a SentencePiece model"):
+        prepare(good, good, out)
+    assert not out.exists()
+
+    finished = prepare(good, model, out, valid_fraction=0.1)
+    before = contents(out)
+    with pytest.raises(FormatError):
+        prepare([good, bad], model, out)
+    assert contents(out) == before and finished
+
+    with pytest.raises(FileExistsError, match="holds no prepared tokens"):
+        prepare(good, model, tmp_path)
