@@ -85,8 +85,8 @@ def test_missing_parts_and_unknown_presets_are_named(tmp_path: Path) -> None:
         load_preset("stories15")
     with pytest.raises(ConfigError, match=r"\[model\] is missing"):
         recipe_from_dict({"steps": 3})
-    with pytest.raises(ConfigError, match="model.dim is missing"):
+    with pytest.raises(ConfigError, match=r"model\.dim is missing"):
         recipe_from_dict({"model": {"n_layers": 1}})
     (tmp_path / "bad.toml").write_text("steps = = 3")
-    with pytest.raises(ConfigError, match="bad.toml is not TOML"):
+    with pytest.raises(ConfigError, match=r"bad\.toml is not TOML"):
         load_recipe(tmp_path / "bad.toml")
