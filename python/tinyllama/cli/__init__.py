@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from ..errors import TinyllamaError
 
-# In the order of a model's life: text, tokens, training, judgement, a file, its use.
-GROUPS = ("data", "tokenizer", "train", "eval", "export", "info", "generate")
+# In the order of a model's life: text, tokens, training, a file, judgement, use.
+GROUPS = ("data", "tokenizer", "train", "export", "eval", "info", "generate")
 
 DESCRIPTION = """\
 Train, export and run tiny Llamas on the CPU.
@@ -20,9 +20,9 @@ The life of a model:
   tinyllama data check stories.txt --repair clean.txt
   tinyllama tokenizer train clean.txt --vocab-size 3000 --out tok.model
   tinyllama data prepare clean.txt --tokenizer tok.model --out tokens
-  tinyllama train --preset stories1m --set data=tokens --out run
-  tinyllama eval run --text held_out.txt
+  tinyllama train --preset stories1m --data tokens --out run
   tinyllama export run --out model.gguf
+  tinyllama eval model.gguf --text held_out.txt
   tinyllama generate "Once upon a time" -m model.gguf
 """
 
@@ -52,12 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
         status = args.handler(args)
+        sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read our output (`| head`) has gone. Python would complain once more at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (TinyllamaError, OSError, MemoryError) as error:
-        print(f"tinyllama: error: {error or 'out of memory'}", file=sys.stderr)
+        print(f"tinyllama: error: {str(error) or 'out of memory'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tinyllama: interrupted", file=sys.stderr)
