@@ -56,8 +56,7 @@ struct Supported {
     Supported() {
         int n = 0;
 #ifdef __x86_64__
-        const KernelTable* const by_level[] = {&kernels_avx2, &kernels_avx512,
-                                               &kernels_avx512vnni};
+        const KernelTable* const by_level[] = {&kernels_avx2, &kernels_avx512, &kernels_avx512vnni};
         for (int level = x86_level(); level > 0; --level) {
             tables[n++] = by_level[level - 1];
         }

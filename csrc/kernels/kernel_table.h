@@ -31,9 +31,8 @@ struct KernelTable {
     // [0, n_tokens). Weights are row-major and need no alignment; strides count elements.
     void (*matmul_f32)(float* y, int64_t y_stride, const float* w, int64_t cols, const float* x,
                        int64_t x_stride, int64_t n_tokens, int64_t begin, int64_t end);
-    void (*matmul_bf16)(float* y, int64_t y_stride, const uint16_t* w, int64_t cols,
-                        const float* x, int64_t x_stride, int64_t n_tokens, int64_t begin,
-                        int64_t end);
+    void (*matmul_bf16)(float* y, int64_t y_stride, const uint16_t* w, int64_t cols, const float* x,
+                        int64_t x_stride, int64_t n_tokens, int64_t begin, int64_t end);
     // cols is a multiple of 32; x_stride counts blocks.
     void (*matmul_q8_0)(float* y, int64_t y_stride, const BlockQ8_0* w, int64_t cols,
                         const ActQ8* x, int64_t x_stride, int64_t n_tokens, int64_t begin,

@@ -8,6 +8,8 @@
 namespace tinyllama {
 namespace {
 
+#include "kernels_plain.inc"
+
 using Vec = __m256;
 constexpr int lanes = 8;
 
@@ -54,9 +56,7 @@ Vec load_part(const uint16_t* p, int n) {
     return load(padded);
 }
 
-__m128 quarter(Vec v) {
-    return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-}
+__m128 quarter(Vec v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
 
 Vec mac(Vec sum, Vec w, Vec x) { return fma(w, x, sum); }
 
@@ -77,22 +77,19 @@ BytesQ8 load(const ActQ8* a) { return {load_bytes(a->q), splat(a->scale)}; }
 // |w| times x with the sign of w. No sum of two saturates: 2 * 128 * 127 < 2^15. The sums are
 // below 2^24, so their conversion is exact.
 Vec mac(Vec sum, const BytesQ8& w, const BytesQ8& x) {
-    const __m256i pairs =
-        _mm256_maddubs_epi16(_mm256_abs_epi8(w.q), _mm256_sign_epi8(x.q, w.q));
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w.q), _mm256_sign_epi8(x.q, w.q));
     const __m256i fours = _mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
     return fma(mul(w.scale, x.scale), _mm256_cvtepi32_ps(fours), sum);
 }
 
 template <typename W>
 struct Block {
-    static constexpr int rows = 4, tokens = 3, step = lanes;
+    static constexpr int tokens = 3, step = lanes;
 };
 template <>
 struct Block<BlockQ8_0> {
-    static constexpr int rows = 4, tokens = 2, step = 1;
+    static constexpr int tokens = 3, step = 1;
 };
-
-float q8_scale(int32_t largest_bits, float* inverse);
 
 void quantize_q8(ActQ8* out, const float* x, int64_t n) {
     const __m256i magnitude = _mm256_set1_epi32(0x7fffffff);
@@ -116,9 +113,10 @@ void quantize_q8(ActQ8* out, const float* x, int64_t n) {
             for (int i = 0; i < 4; ++i) {
                 q[i] = _mm256_cvtps_epi32(mul(load(x + i * lanes), splat(inverse)));
             }
-            // Packing works in 128-bit halves: it leaves groups of four in the order 0 2 4 6 1 3 5 7.
-            const __m256i packed = _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]),
-                                                      _mm256_packs_epi32(q[2], q[3]));
+            // Packing works in 128-bit halves: it leaves groups of four in the order 0 2 4 6 1 3
+            // 5 7.
+            const __m256i packed =
+                _mm256_packs_epi16(_mm256_packs_epi32(q[0], q[1]), _mm256_packs_epi32(q[2], q[3]));
             _mm256_storeu_si256(
                 reinterpret_cast<__m256i*>(block.q),
                 _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));

@@ -8,6 +8,8 @@
 namespace tinyllama {
 namespace {
 #include "vectors_avx512.inc"
+// The order matters: the second is written over the first.
+
 #include "kernels_x86.inc"
 }  // namespace
 

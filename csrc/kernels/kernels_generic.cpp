@@ -140,8 +140,8 @@ void attend(float* out, const float* q, const float* k, const float* v, int64_t 
 }  // namespace
 
 const KernelTable kernels_generic = {
-    "generic", matmul_f32, matmul_bf16, matmul_q8_0, quantize_q8, rms_norm,
-    rope,      swiglu,     add,         attend,
+    "generic", matmul_f32, matmul_bf16, matmul_q8_0, quantize_q8,
+    rms_norm,  rope,       swiglu,      add,         attend,
 };
 
 }  // namespace tinyllama
