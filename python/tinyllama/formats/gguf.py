@@ -36,9 +36,10 @@ def gguf_bytes(checkpoint: Checkpoint, dtype: str | None = None) -> bytes:
 
 
 def write_gguf(
-    checkpoint: Checkpoint, path: str | os.PathLike[str], dtype: str | None = None
+    checkpoint: Checkpoint, path: str | os.PathLike[str] | BinaryIO, dtype: str | None = None
 ) -> None:
-    """Write the checkpoint as a GGUF file, whole or not at all, one tensor at a time.
+    """Write the checkpoint as a GGUF file, one tensor at a time: to a path, whole or not at all,
+    or into a stream.
 
     ``dtype`` of the matrices: "f32", "f16", "bf16", "q8_0"; None: the checkpoint's own. Norms stay
     f32. For q8_0, whose blocks are 32 values of a row, hidden_dim is padded with units of zero
@@ -49,8 +50,11 @@ def write_gguf(
     Raises ArgumentError for an unknown dtype, NonFiniteError when a weight is NaN or infinite or
     becomes so in f16, OSError when the file cannot be written.
     """
-    with whole_file(path) as stream:
-        _write(stream, checkpoint, dtype)
+    if isinstance(path, (str, os.PathLike)):
+        with whole_file(path) as stream:
+            _write(stream, checkpoint, dtype)
+    else:
+        _write(path, checkpoint, dtype)
 
 
 def _write(stream: BinaryIO, checkpoint: Checkpoint, dtype: str | None) -> None:

@@ -94,9 +94,7 @@ def save_hf(checkpoint: Checkpoint, folder: PathLike, dtype: str = "f32") -> Non
     if dtype not in _TORCH_DTYPES:
         raise ArgumentError(f"dtype is {dtype!r}; a Hugging Face folder takes f32, f16 or bf16")
     folder = Path(os.path.realpath(folder))
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        raise ArgumentError(f"{index} belongs to a sharded model; choose another folder")
+    refuse_shards(folder)
     texts: dict[str, bytes] = tokenizer_files(checkpoint.vocabulary, checkpoint.config)
     texts["config.json"] = to_json(_config_fields(checkpoint, dtype))
     texts["generation_config.json"] = to_json(_generation_fields(checkpoint))
@@ -104,6 +102,13 @@ def save_hf(checkpoint: Checkpoint, folder: PathLike, dtype: str = "f32") -> Non
         for name, data in texts.items():
             (temporary / name).write_bytes(data)
         _write_tensors(temporary / "model.safetensors", checkpoint, dtype)
+
+
+def refuse_shards(folder: Path) -> None:
+    """Raises ArgumentError when a sharded model lies in ``folder``."""
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        raise ArgumentError(f"{index} belongs to a sharded model; choose another folder")
 
 
 def hf_name(name: str) -> str:

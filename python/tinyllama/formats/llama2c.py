@@ -177,7 +177,7 @@ def _layout(config: Config, version: int) -> list[tuple[str, tuple[int, ...]]]:
 def write_llama2c(checkpoint: Checkpoint, path: PathLike, version: int = 0) -> None:
     """Write ``path`` in llama2.c's layout v0 (float32, what run.c reads), v1 (float32 with a
     header) or v2 (int8, what runq.c reads; its groups divide every row), and ``tokenizer.bin``
-    beside it. Each file is written whole or not at all, the tokenizer first.
+    beside it. Each file is written whole or not at all.
 
     Raises FormatError when the format has no place for what the model is: head_dim other than
     dim / n_heads, rope_theta other than 10000, rope scaling, norm_eps other than 1e-5, another
@@ -191,19 +191,21 @@ def write_llama2c(checkpoint: Checkpoint, path: PathLike, version: int = 0) -> N
     for name, tensor in checkpoint.tensors.items():
         if not np.isfinite(tensor).all():
             raise NonFiniteError(f"{checkpoint.source}: tensor {name} holds NaN or infinity")
-    tokenizer = Path(path).with_name("tokenizer.bin")
-    _write_beside(tokenizer, tokenizer_bytes(checkpoint.vocabulary))
+    tokenizer = tokenizer_bytes(checkpoint.vocabulary)
     with whole_file(path) as stream:
         _write(stream, checkpoint, version)
+        stream.flush()  # a full disk shows here, before there is a tokenizer
+        place_tokenizer(tokenizer, Path(path).parent)
 
 
-def _write_beside(path: Path, data: bytes) -> None:
-    if path.exists():
-        if path.read_bytes() != data:
-            raise ArgumentError(f"{path} is another model's tokenizer; choose another folder")
-        return
-    with whole_file(path) as stream:
-        stream.write(data)
+def place_tokenizer(data: bytes, folder: Path) -> None:
+    """Write ``folder/tokenizer.bin``. Raises ArgumentError when a different one lies there."""
+    path = folder / "tokenizer.bin"
+    if not path.exists():
+        with whole_file(path) as stream:
+            stream.write(data)
+    elif path.read_bytes() != data:
+        raise ArgumentError(f"{path} is another model's tokenizer; choose another folder")
 
 
 def _refuse_what_cannot_be_told(config: Config) -> None:

@@ -1,0 +1,73 @@
+"""``tinyllama export``: a trained model as one file, proved to compute the same."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..errors import ArgumentError
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``export``."""
+    parser = subparsers.add_parser(
+        "export",
+        help="write a model as GGUF, a Hugging Face folder, or llama2.c's .bin",
+        description="Write a model in another format, read it back, and compare what it computes\n"
+        "with the source in torch (in NumPy where torch is not installed) on real text. What\n"
+        "does not compute the same is not written.\n\n"
+        "A source is a training run's folder (its best checkpoint), a Hugging Face folder, a\n"
+        ".gguf file, or llama2.c's .bin or .pt.",
+        epilog="examples:\n"
+        "  tinyllama export run --out model.gguf --dtype q8_0\n"
+        "  tinyllama export run --to hf my-model\n"
+        "  tinyllama export model.gguf --to llama2c model.bin",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="the model to export")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument(
+        "--out",
+        metavar="MODEL.gguf",
+        help="a GGUF file: what tinyllama, llama.cpp and Ollama run",
+    )
+    target.add_argument(
+        "--to",
+        nargs=2,
+        metavar=("FORMAT", "PATH"),
+        help="hf: a folder for transformers; llama2c: a .bin (v0, or v2 for q8_0) and its"
+        " tokenizer.bin beside it; gguf: as --out",
+    )
+    parser.add_argument(
+        "--dtype",
+        help="f32, f16, bf16 or q8_0 (8 bits and a scale per 32 weights: a quarter of f32's"
+        " size); default: the source's",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", help="tokenizer.bin or .model, for llama2.c's files"
+    )
+    parser.add_argument(
+        "--text", metavar="FILE", help="text for the comparison; default: a short story"
+    )
+    parser.set_defaults(handler=run)
+
+
+def run(args: argparse.Namespace) -> None:
+    from ..data.documents import Documents
+    from ..train.export import FORMATS, export
+
+    to, out = ("gguf", args.out) if args.to is None else args.to
+    if to not in FORMATS:
+        raise ArgumentError(f"--to {to}: unknown format; known: {', '.join(FORMATS)}")
+    texts = None if args.text is None else (text for _, text in Documents(args.text))
+    report = export(args.source, out, to, args.dtype, tokenizer=args.tokenizer, texts=texts)
+    print(f"wrote {report.path}: {report.format}, {report.dtype}, {report.n_bytes:,} bytes")
+    print(
+        f"logits against {report.oracle} in float32 over {report.n_tokens:,} tokens:"
+        f" largest difference {report.max_difference:.2g} (largest logit {report.max_logit:.3g}),"
+        f" divergence {report.kl:.2g} nats per token"
+    )
+    print(
+        f"bits per byte {report.bits_per_byte_before:.4f} before,"
+        f" {report.bits_per_byte_after:.4f} after;"
+        f" perplexity {report.perplexity_before:.4f} before, {report.perplexity_after:.4f} after"
+    )
