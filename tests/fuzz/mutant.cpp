@@ -149,7 +149,8 @@ struct Field {
 void list_fields(const Entry& entry, std::size_t at, std::vector<Field>* fields,
                  std::vector<Field>* minor) {
     if (entry.type != array_type) {
-        fields->push_back({at, std::min<std::size_t>(entry.value.size(), 8)});
+        // Several times: hyperparameters are few among the fields, and matter more.
+        fields->insert(fields->end(), 4, {at, std::min<std::size_t>(entry.value.size(), 8)});
         return;
     }
     fields->push_back({at, 4});
