@@ -197,15 +197,15 @@ Tokenizer::Unit Tokenizer::next_unit(std::string_view text) const {
 // What sentencepiece's normaliser does without a table of characters to rewrite: spaces become
 // U+2581, one is put before the text, and where the vocabulary asks for it, runs of spaces shrink
 // to one and those at both ends go.
-std::string Tokenizer::normalize(std::string_view text) const {
-    if (remove_extra_whitespaces_) {
+std::string Tokenizer::normalize(std::string_view text, bool at_start) const {
+    if (remove_extra_whitespaces_ && at_start) {
         while (!text.empty() && next_unit(text).text == " ") text.remove_prefix(1);
     }
     std::string result;
     if (text.empty()) return result;
     result.reserve(text.size() + text.size() / 2);
-    if (add_space_prefix_) result += space_symbol;
-    bool after_space = remove_extra_whitespaces_;
+    if (add_space_prefix_ && at_start) result += space_symbol;
+    bool after_space = remove_extra_whitespaces_ && at_start;
     while (!text.empty()) {
         Unit unit = next_unit(text);
         while (after_space && starts_with(unit.text, " ")) unit.text.remove_prefix(1);
@@ -326,14 +326,15 @@ struct Tokenizer::Merge {
     }
 };
 
-std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool bos, bool eos) const {
+std::vector<std::int32_t> Tokenizer::encode(std::string_view text, bool bos, bool eos,
+                                            bool at_start) const {
     if (text.size() > static_cast<std::size_t>(std::numeric_limits<std::int32_t>::max()) / 4) {
         throw Error(Status::invalid_argument,
                     "the text has " + std::to_string(text.size()) + " bytes; encode it in parts");
     }
     std::vector<std::int32_t> tokens;
     if (bos && bos_id_ >= 0) tokens.push_back(bos_id_);
-    const std::string normalized = normalize(text);
+    const std::string normalized = normalize(text, at_start);
     if (!normalized.empty()) {
         Merge merge{*this, {}, {}, {}, tokens};
         merge.split(normalized);

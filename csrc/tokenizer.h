@@ -31,8 +31,10 @@ public:
 
     // UTF-8 text to tokens, as sentencepiece's BPE does it: O(n log n). Malformed bytes become
     // U+FFFD. Control tokens (<s>, </s>) are never produced from text; bos and eos ask for them
-    // around it, and do nothing where the vocabulary has none.
-    std::vector<std::int32_t> encode(std::string_view text, bool bos, bool eos) const;
+    // around it, and do nothing where the vocabulary has none. Unless at_start, the text continues
+    // another: no space is put before it, and none removed there.
+    std::vector<std::int32_t> encode(std::string_view text, bool bos, bool eos,
+                                     bool at_start = true) const;
 
     // Tokens to bytes: control tokens vanish, byte tokens become their byte, U+2581 a space, the
     // unknown token " ⁇ "; the space that encode() put before the text is dropped when `at_start`.
@@ -61,7 +63,7 @@ private:
     void check_token(std::int32_t token) const;
     std::size_t user_defined_length(std::string_view text) const;
     Unit next_unit(std::string_view text) const;
-    std::string normalize(std::string_view text) const;
+    std::string normalize(std::string_view text, bool at_start) const;
     std::int32_t find(std::string_view piece) const;
 
     std::vector<std::string> pieces_;  // as in the file
