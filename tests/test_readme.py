@@ -1,0 +1,78 @@
+"""Every example of the README runs. What would take minutes runs on less: see SMALLER."""
+
+import contextlib
+import io
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from tinyllama.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# What the test changes in the commands, so that they end in seconds.
+SMALLER = {
+    "--num-return-sequences 3000": "--num-return-sequences 40",
+    "--vocab-size 1024": "--vocab-size 400",
+    "--preset stories1m --set model.vocab_size=1024": (
+        "--preset stories1m --set model.vocab_size=400 --set steps=4 --set batch_size=2"
+        " --set compile=no"
+    ),
+}
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands(block: str) -> list[str]:
+    """The tinyllama commands of a block; pip and pytest are what brought us here."""
+    parts = re.split(r"\n|&&", block)
+    return [part.strip() for part in parts if part.strip().startswith("tinyllama ")]
+
+
+def run(command: str) -> str:
+    """Run a command as a shell would, with its output sent where ``>`` says."""
+    arguments, _, target = command.partition(" > ")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        status = main(shlex.split(arguments)[1:])
+    assert not status, command
+    if target:
+        Path(target).write_text(printed.getvalue(), encoding="utf-8")
+    return printed.getvalue()
+
+
+def test_python_examples() -> None:
+    examples = blocks("python")
+    assert len(examples) >= 2
+    names: dict[str, object] = {}
+    for example in examples:
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(example, "README.md", "exec"), names)
+        assert len(printed.getvalue().split()) > 10
+
+
+def test_commands(tmp_path, monkeypatch) -> None:
+    """A story from the shipped model; then a model trained on its stories, from start to end."""
+    pytest.importorskip("torch", reason="training needs the extra train")
+    pytest.importorskip("sentencepiece", reason="training needs the extra train")
+    monkeypatch.chdir(tmp_path)
+    text = "\n".join(blocks("sh"))
+    for full, small in SMALLER.items():
+        assert full in text, f"the README no longer has {full!r}"
+        text = text.replace(full, small)
+    ran = [(command, run(command)) for command in commands(text)]
+    assert len(ran) >= 7
+    assert "Once upon a time" in ran[0][1]
+    assert (tmp_path / "mine.gguf").stat().st_size > 100_000
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
