@@ -326,6 +326,7 @@ void bind_text(py::module_& m) {
         .def_property_readonly("unk_id", &Tokenizer::unk_id)
         .def_property_readonly("add_bos", &Tokenizer::add_bos)
         .def("encode", &Tokenizer::encode, py::arg("text"), py::arg("bos"), py::arg("eos"),
+             py::arg("at_start") = true,
              py::call_guard<py::gil_scoped_release>())
         .def(
             "decode",

@@ -22,7 +22,8 @@ from ..files import whole_file, whole_folder
 from ..formats import read_checkpoint
 from ..formats.checkpoint import Checkpoint
 from ..formats.gguf import gguf_bytes, write_gguf
-from ..model import Model, load
+from ..loading import load
+from ..model import Model
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 Logits: TypeAlias = "npt.NDArray[np.float32]"

@@ -1,0 +1,128 @@
+"""``tinyllama generate``: continue a text."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from ..errors import ArgumentError
+from ..generation import Completion
+from ..sampling import SamplingParams
+from .loading import MODELS, add_model_options, open_model
+
+EPILOG = """\
+examples:
+  tinyllama generate "Once upon a time"
+  tinyllama generate "Tom had a red ball." --temperature 0.8 --seed 7
+  tinyllama generate "The cat" -m model.gguf --num-return-sequences 3 --stop "." --json
+"""
+
+
+def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add ``generate``."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue a text",
+        description="Continue a text, or tell one from nothing, until the model ends it.\n\n"
+        + MODELS,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("prompt", nargs="?", default="", help="the text to continue")
+    parser.add_argument("-m", "--model", help="default: the model that ships with the package")
+    add_sampling_options(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--json",
+        action="store_true",
+        help="one JSON object per continuation: prompt, text, tokens, finish_reason, seed, usage",
+    )
+    output.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="with --json: the log-probability of every token, and the N likeliest in its place",
+    )
+    output.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print while it is made (default: on a terminal)",
+    )
+    add_model_options(parser)
+    parser.set_defaults(handler=run)
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """One option for each field of SamplingParams, with its default and its help."""
+    group = parser.add_argument_group("sampling")
+    for option in dataclasses.fields(SamplingParams):
+        flag = "--" + option.name.replace("_", "-")
+        text = option.metadata["help"].replace("%", "%%")
+        if option.name == "stop":
+            group.add_argument(
+                flag, action="append", metavar="TEXT", help=text + " (may be given several times)"
+            )
+        elif option.name == "logit_bias":
+            group.add_argument(flag, action="append", type=_bias, metavar="TOKEN=NUMBER", help=text)
+        elif option.name == "return_full_text":
+            group.add_argument(
+                flag,
+                action=argparse.BooleanOptionalAction,
+                help="print the prompt before its continuation (default: yes, but not with --json)",
+            )
+        else:
+            kind = option.metadata["kind"]
+            if option.default is not None:
+                text += f" (default: {option.default:g})"
+            metavar = "N" if kind is int else "X"
+            group.add_argument(flag, type=kind, default=option.default, metavar=metavar, help=text)
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """The options of :func:`add_sampling_options` as SamplingParams."""
+    values = {f.name: getattr(args, f.name) for f in dataclasses.fields(SamplingParams)}
+    if values["logit_bias"] is not None:
+        values["logit_bias"] = dict(values["logit_bias"])
+    if values["return_full_text"] is None:
+        values["return_full_text"] = not args.json
+    return SamplingParams(**values)
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, number = text.partition("=")
+    return int(token), float(number)  # argparse reports a ValueError with the option's name
+
+
+def run(args: argparse.Namespace) -> None:
+    params = sampling_params(args)
+    if args.logprobs is not None and not args.json:
+        raise ArgumentError("--logprobs needs --json")
+    if args.stream and (args.json or params.num_return_sequences > 1):
+        raise ArgumentError("--stream prints one text as it is made: not --json, not several")
+    streamed = args.stream
+    if streamed is None:
+        streamed = sys.stdout.isatty() and not args.json and params.num_return_sequences == 1
+    model = open_model(args.model, args)
+    if streamed:
+        for piece in model.stream(args.prompt, params=params):
+            print(piece, end="", flush=True)
+        print()
+        return
+    completions = model.complete([args.prompt], args.logprobs, params=params)[0]
+    for i, completion in enumerate(completions if isinstance(completions, list) else [completions]):
+        if args.json:
+            print(json.dumps(_record(args.prompt, completion), ensure_ascii=False))
+        else:
+            print("<|endoftext|>\n" * (i > 0) + completion.text)
+
+
+def _record(prompt: str, completion: Completion) -> dict[str, Any]:
+    """A Completion as a JSON object; ``logprobs`` only when they were asked for."""
+    record = {"prompt": prompt, **dataclasses.asdict(completion)}
+    record["usage"]["total_tokens"] = completion.usage.total_tokens
+    if completion.logprobs is None:
+        del record["logprobs"]
+    return record

@@ -1,0 +1,102 @@
+"""Session: one timeline of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from . import _core
+from .arguments import Prompt, checked_seed, checked_text, takes_sampling
+from .errors import ArgumentError
+from .generation import Continuation, at_start, stream_pieces
+from .sampling import SamplingParams, as_int
+
+if TYPE_CHECKING:
+    from .model import Model
+
+# Options of Model.generate that mean nothing here, with their defaults.
+_NOT_IN_SESSIONS = {"seed": None, "num_return_sequences": 1, "return_full_text": False}
+
+
+class Session:
+    """One timeline: the tokens so far, what the model made of them, and a random state of its own.
+    Used by one thread at a time; two at once raise BusyError. Made by :meth:`Model.session`.
+
+    ``finish_reason``: why the last :meth:`generate` ended ("stop" or "length"), None before.
+    """
+
+    def __init__(self, model: Model, core: _core.Session) -> None:
+        self.model = model
+        self.finish_reason: str | None = None
+        self._core = core
+        self._decoder: _core.StreamDecoder | None = None  # holds bytes of a character cut in two
+
+    @property
+    def tokens(self) -> list[int]:
+        """Every token of the timeline, fed and generated; an end token the model drew is not in."""
+        return self._core.tokens
+
+    @property
+    def text(self) -> str:
+        """The timeline as text."""
+        return self.model.tokenizer.decode(self._core.tokens)
+
+    @property
+    def seed(self) -> int:
+        """What its random state was started from."""
+        return self._core.seed
+
+    def feed(self, text_or_tokens: Prompt) -> None:
+        """Append text or tokens, and let the model read them.
+
+        Text that comes first is put after the begin token. Later text continues what is there, as
+        if written right behind it: give the space between words yourself. Token ids are taken as
+        they are. Raises ContextFullError, and changes nothing, when they do not fit.
+        """
+        if isinstance(text_or_tokens, str) and self._core.n_tokens:
+            tokens = self.model.tokenizer._core.encode(
+                checked_text(text_or_tokens), False, False, at_start=self._at_start()
+            )
+        else:
+            tokens = self.model._tokens(text_or_tokens)
+        if tokens:
+            _core.forward([self._core], [tokens])
+            self._decoder = None
+
+    @takes_sampling
+    def generate(self, *, params: SamplingParams | None = None, **sampling: Any) -> Iterator[str]:
+        """Continue the timeline, handing out text while it is made: whole characters.
+
+        Everything drawn enters the timeline (a stop string's tokens too), except an end token, so
+        that it can go on. An empty timeline starts from the begin token. Leaving the iterator
+        leaves the timeline where it is. The seed is the session's; num_return_sequences and
+        return_full_text belong to Model.generate. Raises ArgumentError for a wrong option.
+        """
+        options = self.model._options(params, sampling)
+        for name, default in _NOT_IN_SESSIONS.items():
+            value = getattr(options, name)
+            if value != default:
+                raise ArgumentError(f"{name} is {value}; a session's generate does not take it")
+        return self._generate(options)
+
+    def _generate(self, options: SamplingParams) -> Iterator[str]:
+        if not self._core.n_tokens:
+            self.feed("")
+        if self._decoder is None:
+            self._decoder = _core.StreamDecoder(self.model.tokenizer._core, self._at_start())
+        continuation = Continuation(self._core, self._decoder, self.model._core, options)
+        self.finish_reason = None
+        yield from stream_pieces(continuation)
+        self.finish_reason = continuation.finish_reason
+
+    def rewind(self, n_tokens: int) -> None:
+        """Keep the first ``n_tokens`` of the timeline. Raises ArgumentError when it has fewer."""
+        self._core.rewind(as_int("n_tokens", n_tokens))
+        self._decoder = None
+
+    def fork(self, seed: int | None = None) -> Session:
+        """A second timeline with the same past, which draws from ``seed``, or fresh entropy."""
+        return Session(self.model, self._core.fork(checked_seed(seed)))
+
+    def _at_start(self) -> bool:
+        return at_start(self.model.tokenizer._core, self._core.tokens)
