@@ -1,0 +1,221 @@
+"""Perplexity and bits per byte, and the commands eval, info and generate."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+import tinyllama
+from random_models import forced_model, tiny_checkpoint, tiny_model
+from tinyllama.cli import main
+from tinyllama.errors import ArgumentError
+from tinyllama.evaluate.perplexity import of_documents, of_text
+from tinyllama.formats.gguf import write_gguf
+from tinyllama.reference import forward
+
+TEXT = "the rain in spain, and the train"
+LONG = TEXT * 6  # several contexts
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def model_file(tmp_path):
+    path = tmp_path / "model.gguf"
+    write_gguf(tiny_checkpoint(), path)
+    return str(path)
+
+
+def log_softmax(row):
+    row = row - row.max()
+    return row - np.log(np.exp(row).sum())
+
+
+def expected_nats(tokens, whole):
+    """Each target by itself: the most context its window gives it, by the documented rule."""
+    checkpoint, context = tiny_checkpoint(), 64
+    n_targets = len(tokens) - 1 + whole
+    nats, begin, stop = 0.0, 0, min(context, n_targets)
+    for target in range(n_targets):
+        if target == stop:  # the next window begins half a context before what it scores first
+            begin = stop - context // 2
+            stop = min(begin + context, n_targets)
+        row = log_softmax(forward(checkpoint, tokens[begin : target + 1], dtype=np.float64)[-1])
+        if target + 1 < len(tokens):
+            nats -= row[tokens[target + 1]]
+        else:
+            nats -= np.logaddexp(row[1], row[2])
+    return nats, n_targets
+
+
+@pytest.mark.parametrize("text", [TEXT, LONG, "a"], ids=["short", "long", "one"])
+def test_of_text(model, text):
+    nats, n = expected_nats(model.tokenizer.encode(text), whole=False)
+    score = model.perplexity(text)
+    assert score == of_text(model, text)
+    assert score.n_tokens == n
+    assert score.nats_per_token == pytest.approx(nats / n, abs=1e-5)
+    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / len(text), abs=1e-5)
+
+
+def test_of_documents_scores_their_ends_too(model):
+    texts = [TEXT, "", LONG, "\u6c34 caf\u00e9"]
+    parts = [expected_nats(model.tokenizer.encode(text), whole=True) for text in texts if text]
+    nats, n = sum(p[0] for p in parts), sum(p[1] for p in parts)
+    score = of_documents(model, iter(texts))
+    assert score.n_tokens == n
+    assert score.nats_per_token == pytest.approx(nats / n, abs=1e-5)
+    n_bytes = sum(len(text.encode()) for text in texts)
+    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, abs=1e-5)
+
+
+@pytest.mark.parametrize("n_tokens", [62, 63, 64, 65, 66, 95, 96, 97, 128, 129])
+def test_lengths_around_the_context(model, n_tokens):
+    tokens = [1, *np.random.default_rng(0).integers(259, 300, n_tokens - 1).tolist()]
+    text = model.tokenizer.decode(tokens)
+    tokens = model.tokenizer.encode(text)
+    nats, n = expected_nats(tokens, whole=True)
+    score = of_documents(model, [text])
+    assert (score.n_tokens, n) == (len(tokens), len(tokens))
+    assert score.nats_per_token == pytest.approx(nats / n, abs=1e-5)
+
+
+def test_a_context_of_one_token():
+    model = tinyllama.load(_bytes(), max_seq_len=1)
+    score = model.perplexity(TEXT)
+    assert score.n_tokens == len(model.tokenizer.encode(TEXT)) - 1
+    assert math.isfinite(score.nats_per_token)
+
+
+def _bytes():
+    from tinyllama.formats.gguf import gguf_bytes
+
+    return gguf_bytes(tiny_checkpoint())
+
+
+def test_a_text_that_is_certain_costs_little():
+    model = forced_model(b"ABCDEFG")
+    assert model.perplexity("ABC").nats_per_token < model.perplexity("CBA").nats_per_token
+
+
+def test_no_text_is_refused(model):
+    with pytest.raises(ArgumentError, match="no text"):
+        model.perplexity("")
+    with pytest.raises(ArgumentError, match="no text"):
+        of_documents(model, ["", ""])
+    with pytest.raises(ArgumentError, match="text is 3"):
+        model.perplexity(3)
+
+
+# --- the commands ---------------------------------------------------------------------------------
+
+
+def test_eval_command(model, model_file, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text(f"{TEXT}\n<|endoftext|>\n{LONG}\n<|endoftext|>\n")
+    text = str(tmp_path / "text.txt")
+    assert main(["eval", model_file, "--text", text, "--threads", "1", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    expected = of_documents(model, [TEXT, LONG])
+    assert figures["bits_per_byte"] == expected.bits_per_byte
+    assert figures["nats_per_token"] == expected.nats_per_token
+    assert figures["tokens"] == expected.n_tokens
+    assert figures["documents"] == 2
+    assert figures["bytes"] == len(TEXT + LONG)
+    assert main(["eval", model_file, "--text", text, "--threads", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"{expected.bits_per_byte:.4f} bits per byte" in out
+    assert "2 documents, 224 bytes" in out
+
+
+def test_eval_of_an_empty_file_is_refused(model_file, tmp_path, capsys):
+    (tmp_path / "empty.txt").write_text("\n")
+    assert main(["eval", model_file, "--text", str(tmp_path / "empty.txt")]) == 2
+    assert "empty.txt: there is no text to score" in capsys.readouterr().err
+
+
+def test_info_command(model_file, capsys):
+    assert main(["info", model_file, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["path"] == model_file
+    assert facts["parameters"] == tiny_checkpoint().config.n_parameters
+    assert facts["config"]["n_kv_heads"] == 2
+    assert facts["tokenizer"] == {"vocab_size": 300, "bos_id": 1, "eos_id": 2, "unk_id": 0}
+    assert facts["kv_bytes"] == 64 * facts["kv_bytes_per_token"]
+    assert main(["info", model_file, "--dtype", "q8_0"]) == 0
+    out = capsys.readouterr().out
+    assert "q8_0" in out
+    assert "28,192" in out
+
+
+def test_generate_command(model, model_file, capsys):
+    options = ["-m", model_file, "--threads", "1", "--seed", "3", "--max-new-tokens", "9"]
+    text = model.generate("the rain", seed=3, max_new_tokens=9)
+    assert main(["generate", "the rain", *options]) == 0
+    assert capsys.readouterr().out == f"the rain{text}\n"
+    assert main(["generate", "the rain", *options, "--no-return-full-text"]) == 0
+    assert capsys.readouterr().out == f"{text}\n"
+    assert main(["generate", "the rain", *options, "--stream"]) == 0
+    assert capsys.readouterr().out == f"the rain{text}\n"
+
+
+def test_generate_command_as_json(model, model_file, capsys):
+    command = ["generate", "the rain", "-m", model_file, "--threads", "1", "--seed", "3", "--json"]
+    options = ["--num-return-sequences", "2", "--stop", "e", "--stop", "x", "--logprobs", "1"]
+    bias = ["--logit-bias", "40=1.5", "--logit-bias", "41=-inf", "--temperature", "0.5"]
+    assert main([*command, *options, *bias]) == 0
+    records = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    expected = model.complete(
+        "the rain",
+        1,
+        seed=3,
+        num_return_sequences=2,
+        stop=["e", "x"],
+        logit_bias={40: 1.5, 41: -math.inf},
+        temperature=0.5,
+    )
+    for record, completion in zip(records, expected, strict=True):
+        assert record["prompt"] == "the rain"
+        assert record["text"] == completion.text
+        assert record["tokens"] == list(completion.tokens)
+        assert record["finish_reason"] == completion.finish_reason
+        assert record["seed"] == completion.seed
+        assert record["usage"]["total_tokens"] == completion.usage.total_tokens
+        assert len(record["logprobs"]) == len(record["tokens"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature", "nan"], "temperature is nan"),
+        (["--top-p", "2"], "top_p is 2"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--stop", ""], "empty string"),
+        (["--logit-bias", "300=1"], "logit_bias names token 300"),
+        (["--logprobs", "2"], "--logprobs needs --json"),
+        (["--stream", "--json"], "--stream"),
+        (["--isa", "sse1"], "sse1"),
+        (["--threads", "0"], "n_threads is 0"),
+        (["--dtype", "q9"], "dtype is 'q9'"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_generate_command_names_what_is_wrong(model_file, capsys, options, message):
+    assert main(["generate", "a", "-m", model_file, *options]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+
+
+def test_the_help_of_generate_shows_every_option(capsys):
+    import dataclasses
+
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    shown = capsys.readouterr().out
+    for option in dataclasses.fields(tinyllama.SamplingParams):
+        assert "--" + option.name.replace("_", "-") in shown
