@@ -25,12 +25,18 @@ using Array = py::array_t<T, py::array::c_style | py::array::forcecast>;
 
 const char* error_class(Status status) {
     switch (status) {
-        case Status::format_error: return "FormatError";
-        case Status::config_error: return "ConfigError";
-        case Status::context_full: return "ContextFullError";
-        case Status::nonfinite: return "NonFiniteError";
-        case Status::busy: return "BusyError";
-        default: return "ArgumentError";
+        case Status::format_error:
+            return "FormatError";
+        case Status::config_error:
+            return "ConfigError";
+        case Status::context_full:
+            return "ContextFullError";
+        case Status::nonfinite:
+            return "NonFiniteError";
+        case Status::busy:
+            return "BusyError";
+        default:
+            return "ArgumentError";
     }
 }
 
@@ -73,8 +79,7 @@ const KernelTable& kernels_named(const std::string& isa) {
 FileBytes open_bytes(const py::object& path, const py::object& data) {
     if (!path.is_none()) return FileBytes::map(path.cast<std::string>());
     const auto view = data.cast<std::string_view>();
-    return FileBytes::copy_of(
-        {reinterpret_cast<const std::uint8_t*>(view.data()), view.size()});
+    return FileBytes::copy_of({reinterpret_cast<const std::uint8_t*>(view.data()), view.size()});
 }
 
 // A GGUF file for the Python side: its metadata and the raw bytes of its tensors.
@@ -104,8 +109,8 @@ py::object gguf_value(const GgufValue& value) {
             } else if constexpr (std::is_same_v<T, GgufFloats> || std::is_same_v<T, GgufInts>) {
                 return py::cast(v.items);
             } else if constexpr (std::is_same_v<T, std::string>) {
-                return py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(
-                    v.data(), static_cast<Py_ssize_t>(v.size()), "replace"));
+                return py::reinterpret_steal<py::object>(
+                    PyUnicode_DecodeUTF8(v.data(), static_cast<Py_ssize_t>(v.size()), "replace"));
             } else {
                 return py::cast(v);
             }
@@ -134,11 +139,10 @@ py::list gguf_tensors(const GgufReader& reader) {
 py::array gguf_tensor_bytes(const std::shared_ptr<GgufReader>& reader, const std::string& name) {
     const GgufTensor* tensor = reader->file.find_tensor(name);
     if (tensor == nullptr) {
-        throw Error(Status::format_error,
-                    reader->file.name() + ": tensor " + name + " is missing");
+        throw Error(Status::format_error, reader->file.name() + ": tensor " + name + " is missing");
     }
-    py::array_t<std::uint8_t> view(static_cast<py::ssize_t>(tensor->bytes.size),
-                                   tensor->bytes.data, py::cast(reader));
+    py::array_t<std::uint8_t> view(static_cast<py::ssize_t>(tensor->bytes.size), tensor->bytes.data,
+                                   py::cast(reader));
     view.attr("setflags")(py::arg("write") = false);
     return view;
 }
@@ -193,9 +197,9 @@ using Tokens = std::vector<std::int32_t>;
 py::list feed_sessions(const std::vector<Session*>& sessions, const std::vector<Tokens>& tokens,
                        bool all_logits) {
     if (sessions.size() != tokens.size()) {
-        throw Error(Status::invalid_argument,
-                    std::to_string(sessions.size()) + " sessions, but tokens for " +
-                        std::to_string(tokens.size()));
+        throw Error(Status::invalid_argument, std::to_string(sessions.size()) +
+                                                  " sessions, but tokens for " +
+                                                  std::to_string(tokens.size()));
     }
     py::list results;
     std::vector<Feed> feeds;
@@ -273,7 +277,8 @@ py::array_t<float> kernel_unary(const std::string& isa, const std::string& name,
                                 const py::args& arrays, float scalar) {
     const KernelTable& k = kernels_named(isa);
     std::vector<Array<float>> in;
-    for (const py::handle& array : arrays) in.push_back(py::cast<Array<float>>(array));
+    for (const py::handle& array : arrays)
+        in.push_back(py::cast<Array<float>>(array));
     require(!in.empty(), "no input");
     py::array_t<float> out(std::vector<py::ssize_t>(in[0].shape(), in[0].shape() + in[0].ndim()));
     std::copy(in[0].data(), in[0].data() + in[0].size(), out.mutable_data());
@@ -297,10 +302,11 @@ py::array_t<float> kernel_unary(const std::string& isa, const std::string& name,
                     in[2].size() == in[1].size(),
                 "attend takes q (head_dim,), k (n, head_dim), v (n, head_dim)");
         std::vector<float> scores(static_cast<std::size_t>(in[1].shape(0)));
-        k.attend(out.mutable_data(), in[0].data(), in[1].data(), in[2].data(), n,
-                 in[1].shape(0), n, scores.data());
+        k.attend(out.mutable_data(), in[0].data(), in[1].data(), in[2].data(), n, in[1].shape(0), n,
+                 scores.data());
     } else {
-        require(name == "quantize_q8" && n % 32 == 0, "unknown kernel, or size not a multiple of 32");
+        require(name == "quantize_q8" && n % 32 == 0,
+                "unknown kernel, or size not a multiple of 32");
         std::vector<ActQ8> blocks(static_cast<std::size_t>(n / 32));
         k.quantize_q8(blocks.data(), in[0].data(), n);
         for (std::int64_t i = 0; i < n; ++i) {
@@ -326,8 +332,7 @@ void bind_text(py::module_& m) {
         .def_property_readonly("unk_id", &Tokenizer::unk_id)
         .def_property_readonly("add_bos", &Tokenizer::add_bos)
         .def("encode", &Tokenizer::encode, py::arg("text"), py::arg("bos"), py::arg("eos"),
-             py::arg("at_start") = true,
-             py::call_guard<py::gil_scoped_release>())
+             py::arg("at_start") = true, py::call_guard<py::gil_scoped_release>())
         .def(
             "decode",
             [](const Tokenizer& self, const Tokens& tokens, bool at_start) {
@@ -392,8 +397,7 @@ void bind_model(py::module_& m) {
                      const py::gil_scoped_release release;
                      logits = self.logits();
                  }
-                 return py::array_t<float>(static_cast<py::ssize_t>(logits.size()),
-                                           logits.data());
+                 return py::array_t<float>(static_cast<py::ssize_t>(logits.size()), logits.data());
              })
         .def("rewind", &Session::rewind, py::arg("n_tokens"),
              py::call_guard<py::gil_scoped_release>())
@@ -402,7 +406,8 @@ void bind_model(py::module_& m) {
     m.def("forward", &feed_sessions, py::arg("sessions"), py::arg("tokens"),
           py::arg("all_logits") = false);
     m.def(
-        "sample", [](Session& session, const SamplingParams& params) { return session.sample(params); },
+        "sample",
+        [](Session& session, const SamplingParams& params) { return session.sample(params); },
         py::arg("session"), py::arg("params"), py::call_guard<py::gil_scoped_release>());
     m.def("top_logprobs", &Session::top_log_probabilities, py::arg("session"), py::arg("n"),
           py::call_guard<py::gil_scoped_release>());
@@ -429,6 +434,6 @@ PYBIND11_MODULE(_core, m) {
     m.def("kernel_matmul", &kernel_matmul, py::arg("isa"), py::arg("dtype"), py::arg("weights"),
           py::arg("rows"), py::arg("cols"), py::arg("x"), py::arg("begin") = 0,
           py::arg("end") = -1);
-    m.def("kernel_unary", &kernel_unary, py::arg("isa"), py::arg("name"),
-          py::kw_only(), py::arg("scalar") = 0.0f);
+    m.def("kernel_unary", &kernel_unary, py::arg("isa"), py::arg("name"), py::kw_only(),
+          py::arg("scalar") = 0.0f);
 }

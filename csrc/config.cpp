@@ -20,9 +20,7 @@ constexpr std::int32_t max_layers = 1 << 14;
 constexpr std::int32_t max_vocab_size = 1 << 24;
 constexpr std::int32_t max_seq_len = 1 << 30;
 
-[[noreturn]] void refuse(const std::string& message) {
-    throw Error(Status::config_error, message);
-}
+[[noreturn]] void refuse(const std::string& message) { throw Error(Status::config_error, message); }
 
 void check_range(const char* name, std::int64_t value, std::int64_t most) {
     if (value < 1 || value > most) {

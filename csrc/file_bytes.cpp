@@ -27,7 +27,7 @@ FileBytes FileBytes::map(const std::string& path) {
 #ifdef TINYLLAMA_MMAP
     const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (descriptor < 0) fail(path, errno);
-    struct stat info {};
+    struct stat info{};
     if (::fstat(descriptor, &info) != 0 || S_ISDIR(info.st_mode)) {
         const int error = S_ISDIR(info.st_mode) ? EISDIR : errno;
         ::close(descriptor);

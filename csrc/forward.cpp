@@ -24,8 +24,13 @@ constexpr std::int64_t min_work_per_thread = 1 << 15;
 class Pass {
 public:
     Pass(const Model& model, const std::vector<Row>& rows, Workspace& workspace, const Tap* tap)
-        : model_(model), c_(model.config()), k_(model.kernels()), rows_(rows), ws_(workspace),
-          tap_(tap), n_(static_cast<std::int64_t>(rows.size())) {}
+        : model_(model),
+          c_(model.config()),
+          k_(model.kernels()),
+          rows_(rows),
+          ws_(workspace),
+          tap_(tap),
+          n_(static_cast<std::int64_t>(rows.size())) {}
 
     void run() {
         allocate();
@@ -124,8 +129,9 @@ private:
         const std::int64_t n_pairs = c_.head_dim / 2;
         for (std::int64_t i = 0; i < n_pairs; ++i) {
             const double exponent = -2.0 * static_cast<double>(i) / c_.head_dim;
-            const double frequency = std::pow(static_cast<double>(c_.rope_theta), exponent) /
-                                     static_cast<double>(c_.rope_factors[static_cast<std::size_t>(i)]);
+            const double frequency =
+                std::pow(static_cast<double>(c_.rope_theta), exponent) /
+                static_cast<double>(c_.rope_factors[static_cast<std::size_t>(i)]);
             for (std::int64_t row = 0; row < n_; ++row) {
                 const double angle = rows_[static_cast<std::size_t>(row)].pos * frequency;
                 const auto at = static_cast<std::size_t>(row * n_pairs + i);
@@ -200,27 +206,27 @@ private:
     // y (n, rows) = input (n, cols) times the transpose of w (rows, cols).
     void matmul(const Matrix& w, const std::vector<float>& input, std::vector<float>& y) {
         const float* x = input.data();
-        parallel_for(threads_for(n_ * w.rows * w.cols), w.rows,
-                     [&](std::int64_t begin, std::int64_t end, int) {
-                         if (w.dtype == DType::f32) {
-                             k_.matmul_f32(y.data(), w.rows, static_cast<const float*>(w.data),
-                                           w.cols, x, w.cols, n_, begin, end);
-                         } else if (w.dtype == DType::bf16) {
-                             k_.matmul_bf16(y.data(), w.rows,
-                                            static_cast<const std::uint16_t*>(w.data), w.cols, x,
-                                            w.cols, n_, begin, end);
-                         } else {
-                             k_.matmul_q8_0(y.data(), w.rows,
-                                            static_cast<const BlockQ8_0*>(w.data), w.cols,
-                                            ws_.quantized.data(), w.cols / 32, n_, begin, end);
-                         }
-                     });
+        parallel_for(
+            threads_for(n_ * w.rows * w.cols), w.rows,
+            [&](std::int64_t begin, std::int64_t end, int) {
+                if (w.dtype == DType::f32) {
+                    k_.matmul_f32(y.data(), w.rows, static_cast<const float*>(w.data), w.cols, x,
+                                  w.cols, n_, begin, end);
+                } else if (w.dtype == DType::bf16) {
+                    k_.matmul_bf16(y.data(), w.rows, static_cast<const std::uint16_t*>(w.data),
+                                   w.cols, x, w.cols, n_, begin, end);
+                } else {
+                    k_.matmul_q8_0(y.data(), w.rows, static_cast<const BlockQ8_0*>(w.data), w.cols,
+                                   ws_.quantized.data(), w.cols / 32, n_, begin, end);
+                }
+            });
     }
 
     template <typename Body>
     void for_rows(std::int64_t width, const Body& body) {
         parallel_for(threads_for(n_ * width), n_, [&](std::int64_t begin, std::int64_t end, int) {
-            for (std::int64_t row = begin; row < end; ++row) body(row);
+            for (std::int64_t row = begin; row < end; ++row)
+                body(row);
         });
     }
 
@@ -234,15 +240,21 @@ private:
     }
 
     void allocate() {
-        for (const Row& row : rows_) longest_ = std::max(longest_, row.pos + 1);
+        for (const Row& row : rows_)
+            longest_ = std::max(longest_, row.pos + 1);
         const auto fit = [this](std::vector<float>& buffer, std::int64_t width) {
             buffer.resize(static_cast<std::size_t>(n_ * width));
         };
-        for (auto* buffer : {&ws_.x, &ws_.normed, &ws_.out}) fit(*buffer, c_.dim);
-        for (auto* buffer : {&ws_.q, &ws_.heads}) fit(*buffer, c_.q_dim());
-        for (auto* buffer : {&ws_.k, &ws_.v}) fit(*buffer, c_.kv_dim());
-        for (auto* buffer : {&ws_.gate, &ws_.up}) fit(*buffer, c_.hidden_dim);
-        for (auto* buffer : {&ws_.cos, &ws_.sin}) fit(*buffer, c_.head_dim / 2);
+        for (auto* buffer : {&ws_.x, &ws_.normed, &ws_.out})
+            fit(*buffer, c_.dim);
+        for (auto* buffer : {&ws_.q, &ws_.heads})
+            fit(*buffer, c_.q_dim());
+        for (auto* buffer : {&ws_.k, &ws_.v})
+            fit(*buffer, c_.kv_dim());
+        for (auto* buffer : {&ws_.gate, &ws_.up})
+            fit(*buffer, c_.hidden_dim);
+        for (auto* buffer : {&ws_.cos, &ws_.sin})
+            fit(*buffer, c_.head_dim / 2);
         ws_.scores.resize(static_cast<std::size_t>(longest_) *
                           static_cast<std::size_t>(model_.n_threads()));
     }

@@ -23,16 +23,16 @@ struct Row {
 
 // Buffers of a forward pass over n rows. Sizes are in elements.
 struct Workspace {
-    std::vector<float> x;        // (n, dim) residual stream
-    std::vector<float> normed;   // (n, dim)
-    std::vector<float> q;        // (n, n_heads * head_dim)
-    std::vector<float> k, v;     // (n, n_kv_heads * head_dim)
-    std::vector<float> heads;    // (n, n_heads * head_dim) attention output of every head
-    std::vector<float> out;      // (n, dim) what is added to the residual stream
-    std::vector<float> gate, up; // (n, hidden_dim)
-    std::vector<float> scores;   // (n_threads, longest timeline)
-    std::vector<float> logits;   // (rows that ask for logits, vocab_size)
-    std::vector<float> cos, sin; // (n, head_dim / 2)
+    std::vector<float> x;          // (n, dim) residual stream
+    std::vector<float> normed;     // (n, dim)
+    std::vector<float> q;          // (n, n_heads * head_dim)
+    std::vector<float> k, v;       // (n, n_kv_heads * head_dim)
+    std::vector<float> heads;      // (n, n_heads * head_dim) attention output of every head
+    std::vector<float> out;        // (n, dim) what is added to the residual stream
+    std::vector<float> gate, up;   // (n, hidden_dim)
+    std::vector<float> scores;     // (n_threads, longest timeline)
+    std::vector<float> logits;     // (rows that ask for logits, vocab_size)
+    std::vector<float> cos, sin;   // (n, head_dim / 2)
     std::vector<ActQ8> quantized;  // activations for q8_0 weights
 };
 

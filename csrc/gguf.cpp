@@ -19,19 +19,43 @@ constexpr std::uint64_t max_name_bytes = 1024;
 constexpr std::uint64_t max_alignment = 1 << 20;
 
 enum class ValueType : std::uint32_t {
-    u8 = 0, i8 = 1, u16 = 2, i16 = 3, u32 = 4, i32 = 5, f32 = 6, boolean = 7,
-    string = 8, array = 9, u64 = 10, i64 = 11, f64 = 12,
+    u8 = 0,
+    i8 = 1,
+    u16 = 2,
+    i16 = 3,
+    u32 = 4,
+    i32 = 5,
+    f32 = 6,
+    boolean = 7,
+    string = 8,
+    array = 9,
+    u64 = 10,
+    i64 = 11,
+    f64 = 12,
 };
 
 // Bytes a value of this type takes at least; 0 for a type that does not exist.
 std::uint64_t least_bytes(ValueType type) {
     switch (type) {
-        case ValueType::u8: case ValueType::i8: case ValueType::boolean: return 1;
-        case ValueType::u16: case ValueType::i16: return 2;
-        case ValueType::u32: case ValueType::i32: case ValueType::f32: return 4;
-        case ValueType::u64: case ValueType::i64: case ValueType::f64: return 8;
-        case ValueType::string: return 8;
-        case ValueType::array: return 12;
+        case ValueType::u8:
+        case ValueType::i8:
+        case ValueType::boolean:
+            return 1;
+        case ValueType::u16:
+        case ValueType::i16:
+            return 2;
+        case ValueType::u32:
+        case ValueType::i32:
+        case ValueType::f32:
+            return 4;
+        case ValueType::u64:
+        case ValueType::i64:
+        case ValueType::f64:
+            return 8;
+        case ValueType::string:
+            return 8;
+        case ValueType::array:
+            return 12;
     }
     return 0;
 }
@@ -40,20 +64,29 @@ template <typename Item, typename Read>
 std::vector<Item> read_items(std::uint64_t count, Read read) {
     std::vector<Item> items;
     items.reserve(static_cast<std::size_t>(count));
-    for (std::uint64_t i = 0; i < count; ++i) items.emplace_back(read());
+    for (std::uint64_t i = 0; i < count; ++i)
+        items.emplace_back(read());
     return items;
 }
 
 std::int64_t read_int(ByteReader& reader, ValueType type, const char* what) {
     switch (type) {
-        case ValueType::u8: return reader.number<std::uint8_t>(what);
-        case ValueType::i8: return reader.number<std::int8_t>(what);
-        case ValueType::u16: return reader.number<std::uint16_t>(what);
-        case ValueType::i16: return reader.number<std::int16_t>(what);
-        case ValueType::u32: return reader.number<std::uint32_t>(what);
-        case ValueType::i32: return reader.number<std::int32_t>(what);
-        case ValueType::boolean: return reader.boolean(what) ? 1 : 0;
-        default: return reader.number<std::int64_t>(what);
+        case ValueType::u8:
+            return reader.number<std::uint8_t>(what);
+        case ValueType::i8:
+            return reader.number<std::int8_t>(what);
+        case ValueType::u16:
+            return reader.number<std::uint16_t>(what);
+        case ValueType::i16:
+            return reader.number<std::int16_t>(what);
+        case ValueType::u32:
+            return reader.number<std::uint32_t>(what);
+        case ValueType::i32:
+            return reader.number<std::int32_t>(what);
+        case ValueType::boolean:
+            return reader.boolean(what) ? 1 : 0;
+        default:
+            return reader.number<std::int64_t>(what);
     }
 }
 
@@ -68,16 +101,14 @@ GgufValue read_array(ByteReader& reader) {
     const std::uint64_t item_bytes = least_bytes(type);
     if (item_bytes == 0) {
         reader.fail(reader.about("array type") + " is " +
-                    std::to_string(static_cast<std::uint32_t>(type)) +
-                    "; GGUF knows 0 to 12");
+                    std::to_string(static_cast<std::uint32_t>(type)) + "; GGUF knows 0 to 12");
     }
     if (type == ValueType::array) reader.fail(reader.about("value") + " is an array of arrays");
     reader.check_count(count, item_bytes, "array length");
     const char* what = "array item";
     switch (type) {
         case ValueType::string:
-            return GgufStrings{
-                read_items<std::string>(count, [&] { return reader.string(what); })};
+            return GgufStrings{read_items<std::string>(count, [&] { return reader.string(what); })};
         case ValueType::f32:
         case ValueType::f64:
             return GgufFloats{
@@ -96,22 +127,26 @@ GgufValue read_array(ByteReader& reader) {
 GgufValue read_value(ByteReader& reader) {
     const auto type = ValueType{reader.number<std::uint32_t>("value type")};
     switch (type) {
-        case ValueType::boolean: return reader.boolean("value");
-        case ValueType::string: return std::string(reader.string("value"));
-        case ValueType::array: return read_array(reader);
+        case ValueType::boolean:
+            return reader.boolean("value");
+        case ValueType::string:
+            return std::string(reader.string("value"));
+        case ValueType::array:
+            return read_array(reader);
         case ValueType::f32:
-        case ValueType::f64: return read_float(reader, type, "value");
+        case ValueType::f64:
+            return read_float(reader, type, "value");
         case ValueType::u64: {
             const auto value = reader.number<std::uint64_t>("value");
             if (value > std::uint64_t{std::numeric_limits<std::int64_t>::max()}) return value;
             return static_cast<std::int64_t>(value);
         }
-        default: break;
+        default:
+            break;
     }
     if (least_bytes(type) == 0) {
         reader.fail(reader.about("value type") + " is " +
-                    std::to_string(static_cast<std::uint32_t>(type)) +
-                    "; GGUF knows 0 to 12");
+                    std::to_string(static_cast<std::uint32_t>(type)) + "; GGUF knows 0 to 12");
     }
     return read_int(reader, type, "value");
 }
@@ -205,7 +240,8 @@ void place_tensors(const ByteReader& reader, ByteSpan bytes, std::uint64_t align
                    std::vector<Entry>* entries) {
     std::vector<Entry*> by_offset;
     by_offset.reserve(entries->size());
-    for (Entry& entry : *entries) by_offset.push_back(&entry);
+    for (Entry& entry : *entries)
+        by_offset.push_back(&entry);
     std::stable_sort(by_offset.begin(), by_offset.end(),
                      [](const Entry* a, const Entry* b) { return a->offset < b->offset; });
 
@@ -239,23 +275,31 @@ void place_tensors(const ByteReader& reader, ByteSpan bytes, std::uint64_t align
 
 const char* dtype_name(DType dtype) {
     switch (dtype) {
-        case DType::f32: return "f32";
-        case DType::f16: return "f16";
-        case DType::q8_0: return "q8_0";
-        case DType::bf16: return "bf16";
+        case DType::f32:
+            return "f32";
+        case DType::f16:
+            return "f16";
+        case DType::q8_0:
+            return "q8_0";
+        case DType::bf16:
+            return "bf16";
     }
     return "unknown";
 }
 
 std::uint64_t row_bytes(DType dtype, std::uint64_t cols) {
-    constexpr std::uint64_t block = 32;         // values of q8_0 that share a scale
-    constexpr std::uint64_t block_bytes = 34;   // an f16 scale and 32 int8
+    constexpr std::uint64_t block = 32;        // values of q8_0 that share a scale
+    constexpr std::uint64_t block_bytes = 34;  // an f16 scale and 32 int8
     std::uint64_t result = 0;
     bool fits = false;
     switch (dtype) {
-        case DType::f32: fits = checked_mul(cols, 4, &result); break;
+        case DType::f32:
+            fits = checked_mul(cols, 4, &result);
+            break;
         case DType::f16:
-        case DType::bf16: fits = checked_mul(cols, 2, &result); break;
+        case DType::bf16:
+            fits = checked_mul(cols, 2, &result);
+            break;
         case DType::q8_0:
             fits = cols % block == 0 && checked_mul(cols / block, block_bytes, &result);
             break;
@@ -305,7 +349,8 @@ GgufFile GgufFile::parse(ByteSpan bytes, const std::string& name) {
     }
     place_tensors(reader, bytes, static_cast<std::uint64_t>(alignment), &entries);
     file.tensors_.reserve(entries.size());
-    for (Entry& entry : entries) file.tensors_.push_back(std::move(entry.tensor));
+    for (Entry& entry : entries)
+        file.tensors_.push_back(std::move(entry.tensor));
     return file;
 }
 

@@ -33,9 +33,15 @@ struct GgufTensor {
     ByteSpan bytes;
 };
 
-struct GgufStrings { std::vector<std::string> items; };
-struct GgufFloats { std::vector<double> items; };        // arrays of f32 and f64
-struct GgufInts { std::vector<std::int64_t> items; };    // arrays of every integer type and bool
+struct GgufStrings {
+    std::vector<std::string> items;
+};
+struct GgufFloats {
+    std::vector<double> items;
+};  // arrays of f32 and f64
+struct GgufInts {
+    std::vector<std::int64_t> items;
+};  // arrays of every integer type and bool
 // An integer is int64 whenever it fits; uint64 holds only what lies above.
 using GgufValue = std::variant<std::int64_t, std::uint64_t, double, bool, std::string, GgufStrings,
                                GgufFloats, GgufInts>;

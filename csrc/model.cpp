@@ -23,8 +23,7 @@ const KernelTable* choose_kernels(const std::string& wanted) {
     for (const char* const* name = supported_isas(); *name != nullptr; ++name) {
         known += known.empty() ? *name : std::string(", ") + *name;
     }
-    throw Error(Status::invalid_argument,
-                "isa is '" + isa + "'; this CPU can run: auto, " + known);
+    throw Error(Status::invalid_argument, "isa is '" + isa + "'; this CPU can run: auto, " + known);
 }
 
 }  // namespace
@@ -62,8 +61,7 @@ Model::Model(FileBytes bytes, const std::string& name, const GgufFile& file, con
     if (tokenizer_.vocab_size() != config_.vocab_size) {
         throw Error(Status::format_error,
                     name_ + ": the tokenizer has " + std::to_string(tokenizer_.vocab_size()) +
-                        " tokens, the model's vocab_size is " +
-                        std::to_string(config_.vocab_size));
+                        " tokens, the model's vocab_size is " + std::to_string(config_.vocab_size));
     }
 }
 

@@ -18,9 +18,9 @@ namespace tinyllama {
 struct Workspace;
 
 struct ModelOptions {
-    int n_threads = 0;              // 0: as many as physical cores allowed to the process
-    std::string isa;                // "": $TINYLLAMA_ISA, else the best this CPU can run
-    std::int32_t max_seq_len = 0;   // 0: the file's
+    int n_threads = 0;             // 0: as many as physical cores allowed to the process
+    std::string isa;               // "": $TINYLLAMA_ISA, else the best this CPU can run
+    std::int32_t max_seq_len = 0;  // 0: the file's
 };
 
 class Model {

@@ -43,15 +43,16 @@ std::vector<float> adjusted_logits(const std::vector<float>& logits,
                                    const SamplingParams& params) {
     std::vector<float> adjusted = logits;
     const auto at = [](std::int32_t token) { return static_cast<std::size_t>(token); };
-    for (const auto& [token, bias] : params.logit_bias) adjusted[at(token)] += bias;
+    for (const auto& [token, bias] : params.logit_bias)
+        adjusted[at(token)] += bias;
     if (params.repetition_penalty != 1.0f) {
         std::vector<std::int32_t> seen = history;
         std::sort(seen.begin(), seen.end());
         seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
         for (const std::int32_t token : seen) {
             float& logit = adjusted[at(token)];
-            logit = logit > 0 ? logit / params.repetition_penalty
-                              : logit * params.repetition_penalty;
+            logit =
+                logit > 0 ? logit / params.repetition_penalty : logit * params.repetition_penalty;
         }
     }
     if (params.presence_penalty != 0.0f || params.frequency_penalty != 0.0f) {
@@ -117,7 +118,8 @@ void validate(const SamplingParams& params, std::int32_t vocab_size) {
         check_token("logit_bias", token, vocab_size);
         check_range("logit_bias", bias, -1e4f, 1e4f);
     }
-    for (const std::int32_t token : params.banned) check_token("banned", token, vocab_size);
+    for (const std::int32_t token : params.banned)
+        check_token("banned", token, vocab_size);
 }
 
 double RandomState::next_uniform() {
@@ -144,8 +146,8 @@ std::int32_t sample(const std::vector<float>& logits, const std::vector<std::int
         // expf is zero below -104 and finite logits are: nothing that could be drawn is dropped.
         const float scaled = (adjusted[i] - *best) / params.temperature;
         if (scaled < -104.0f) continue;
-        candidates.push_back({static_cast<std::int32_t>(i), adjusted[i],
-                              static_cast<double>(std::exp(scaled))});
+        candidates.push_back(
+            {static_cast<std::int32_t>(i), adjusted[i], static_cast<double>(std::exp(scaled))});
     }
     const auto k = static_cast<std::size_t>(params.top_k);
     if (k > 0 && k < candidates.size()) {
@@ -178,8 +180,8 @@ double log_probability(const float* logits, std::int32_t vocab_size, std::int32_
     return static_cast<double>(logits[token]) - static_cast<double>(most) - std::log(sum);
 }
 
-std::vector<std::pair<std::int32_t, double>> top_log_probabilities(
-    const std::vector<float>& logits, std::int32_t n) {
+std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const std::vector<float>& logits,
+                                                                   std::int32_t n) {
     const auto count = std::min(static_cast<std::size_t>(std::max(n, 0)), logits.size());
     std::vector<std::int32_t> order(logits.size());
     std::iota(order.begin(), order.end(), 0);

@@ -8,14 +8,14 @@
 namespace tinyllama {
 
 struct SamplingParams {
-    float temperature = 1.0f;         // 0: the most likely token, the lowest id on ties
-    std::int32_t top_k = 0;           // keep the k most likely; 0: all
-    float top_p = 1.0f;               // keep the smallest set with this probability; 1: all
-    float min_p = 0.0f;               // drop what is less likely than this times the likeliest
-    float repetition_penalty = 1.0f;  // of every token in the timeline (Keskar, arXiv 1909.05858)
-    float presence_penalty = 0.0f;    // subtracted once from tokens generated already
-    float frequency_penalty = 0.0f;   // subtracted for each time a token was generated
-    std::int32_t n_prompt_tokens = 0; // where the generated part of the timeline begins
+    float temperature = 1.0f;          // 0: the most likely token, the lowest id on ties
+    std::int32_t top_k = 0;            // keep the k most likely; 0: all
+    float top_p = 1.0f;                // keep the smallest set with this probability; 1: all
+    float min_p = 0.0f;                // drop what is less likely than this times the likeliest
+    float repetition_penalty = 1.0f;   // of every token in the timeline (Keskar, arXiv 1909.05858)
+    float presence_penalty = 0.0f;     // subtracted once from tokens generated already
+    float frequency_penalty = 0.0f;    // subtracted for each time a token was generated
+    std::int32_t n_prompt_tokens = 0;  // where the generated part of the timeline begins
     std::vector<std::pair<std::int32_t, float>> logit_bias;  // added to the logits first
     std::vector<std::int32_t> banned;                        // never drawn
 };
@@ -41,7 +41,7 @@ std::int32_t sample(const std::vector<float>& logits, const std::vector<std::int
 double log_probability(const float* logits, std::int32_t vocab_size, std::int32_t token);
 
 // The n most likely tokens and their log-probabilities, best first, lowest id first on ties.
-std::vector<std::pair<std::int32_t, double>> top_log_probabilities(
-    const std::vector<float>& logits, std::int32_t n);
+std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const std::vector<float>& logits,
+                                                                   std::int32_t n);
 
 }  // namespace tinyllama

@@ -51,9 +51,9 @@ void check_finite(const Model& model, const float* logits, std::int32_t pos) {
     const std::int32_t vocab_size = model.config().vocab_size;
     for (std::int32_t i = 0; i < vocab_size; ++i) {
         if (std::isfinite(logits[i])) continue;
-        throw Error(Status::nonfinite, model.name() + ": the logit of token " +
-                                           std::to_string(i) + " at position " +
-                                           std::to_string(pos) + " is not finite");
+        throw Error(Status::nonfinite, model.name() + ": the logit of token " + std::to_string(i) +
+                                           " at position " + std::to_string(pos) +
+                                           " is not finite");
     }
 }
 
@@ -62,18 +62,17 @@ void check_tokens(const Feed& feed, std::size_t n_before) {
     const std::int32_t vocab_size = model.config().vocab_size;
     for (const std::int32_t token : feed.tokens) {
         if (token < 0 || token >= vocab_size) {
-            throw Error(Status::invalid_argument, "token " + std::to_string(token) +
-                                                      " is outside the " +
-                                                      std::to_string(vocab_size) + " tokens of " +
-                                                      model.name());
+            throw Error(Status::invalid_argument,
+                        "token " + std::to_string(token) + " is outside the " +
+                            std::to_string(vocab_size) + " tokens of " + model.name());
         }
     }
     const auto room = static_cast<std::size_t>(model.config().max_seq_len) - n_before;
     if (feed.tokens.size() > room) {
-        throw Error(Status::context_full,
-                    std::to_string(feed.tokens.size()) + " tokens do not fit: the context of " +
-                        std::to_string(model.config().max_seq_len) + " tokens has room for " +
-                        std::to_string(room));
+        throw Error(Status::context_full, std::to_string(feed.tokens.size()) +
+                                              " tokens do not fit: the context of " +
+                                              std::to_string(model.config().max_seq_len) +
+                                              " tokens has room for " + std::to_string(room));
     }
 }
 
@@ -95,7 +94,8 @@ public:
         if (std::adjacent_find(seen.begin(), seen.end()) != seen.end()) {
             throw Error(Status::invalid_argument, "a session is named twice in one batch");
         }
-        for (const Feed& feed : feeds) locks_.emplace_back(*feed.session);
+        for (const Feed& feed : feeds)
+            locks_.emplace_back(*feed.session);
         for (const Feed& feed : feeds) {
             n_before_.push_back(feed.session->tokens_.size());
             check_tokens(feed, n_before_.back());
@@ -225,8 +225,8 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
             } else if (i + 1 == feed.tokens.size()) {
                 logits = session.logits_.data();
             }
-            rows.push_back({&session.cache_, static_cast<std::int32_t>(n_before + i),
-                            feed.tokens[i], logits});
+            rows.push_back(
+                {&session.cache_, static_cast<std::int32_t>(n_before + i), feed.tokens[i], logits});
             session.tokens_.push_back(feed.tokens[i]);
             if (rows.size() == max_rows) {
                 flush();

@@ -41,8 +41,8 @@ public:
 private:
     friend class SessionLock;
     friend class FeedTransaction;
-    friend void feed(const std::vector<Feed>& feeds,
-                     const std::function<void()>& between_chunks, const Tap* tap);
+    friend void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_chunks,
+                     const Tap* tap);
 
     void compute_missing_logits();
 

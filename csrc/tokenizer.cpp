@@ -47,8 +47,9 @@ Tokenizer::Tokenizer(const GgufFile& file) {
                          "; only 'llama' (SentencePiece BPE) is known");
     }
     if (file.has("tokenizer.ggml.precompiled_charsmap")) {
-        refuse(file, "tokenizer.ggml.precompiled_charsmap: a tokenizer that rewrites characters"
-                     " is not known");
+        refuse(file,
+               "tokenizer.ggml.precompiled_charsmap: a tokenizer that rewrites characters"
+               " is not known");
     }
     read_pieces(file);
     read_special(file);
@@ -74,8 +75,8 @@ void Tokenizer::read_pieces(const GgufFile& file) {
     for (std::size_t i = 0; i < n; ++i) {
         const auto score = static_cast<float>(scores[i]);
         if (!std::isfinite(score)) {
-            refuse(file, "tokenizer.ggml.scores: the score of token " + std::to_string(i) +
-                             " is " + std::to_string(score));
+            refuse(file, "tokenizer.ggml.scores: the score of token " + std::to_string(i) + " is " +
+                             std::to_string(score));
         }
         if (types[i] < 1 || types[i] > 6) {
             refuse(file, "tokenizer.ggml.token_type: the type of token " + std::to_string(i) +
@@ -116,8 +117,11 @@ void Tokenizer::index_pieces(const GgufFile& file) {
         const std::string& piece = pieces_[i];
         const auto id = static_cast<std::int32_t>(i);
         switch (types_[i]) {
-            case TokenType::control: break;
-            case TokenType::unknown: bytes_[i] = unknown_surface; break;
+            case TokenType::control:
+                break;
+            case TokenType::unknown:
+                bytes_[i] = unknown_surface;
+                break;
             case TokenType::byte: {
                 const int value = byte_value(piece);
                 if (value < 0) {
@@ -147,8 +151,9 @@ void Tokenizer::index_pieces(const GgufFile& file) {
     }
     byte_fallback_ = *std::min_element(byte_ids_.begin(), byte_ids_.end()) >= 0;
     if (!byte_fallback_ && unk_id_ < 0) {
-        refuse(file, "tokenizer.ggml.tokens has neither an unknown token nor all 256 byte tokens,"
-                     " so some text has no tokens");
+        refuse(file,
+               "tokenizer.ggml.tokens has neither an unknown token nor all 256 byte tokens,"
+               " so some text has no tokens");
     }
 }
 
@@ -199,7 +204,8 @@ Tokenizer::Unit Tokenizer::next_unit(std::string_view text) const {
 // to one and those at both ends go.
 std::string Tokenizer::normalize(std::string_view text, bool at_start) const {
     if (remove_extra_whitespaces_ && at_start) {
-        while (!text.empty() && next_unit(text).text == " ") text.remove_prefix(1);
+        while (!text.empty() && next_unit(text).text == " ")
+            text.remove_prefix(1);
     }
     std::string result;
     if (text.empty()) return result;
@@ -208,7 +214,8 @@ std::string Tokenizer::normalize(std::string_view text, bool at_start) const {
     bool after_space = remove_extra_whitespaces_ && at_start;
     while (!text.empty()) {
         Unit unit = next_unit(text);
-        while (after_space && starts_with(unit.text, " ")) unit.text.remove_prefix(1);
+        while (after_space && starts_with(unit.text, " "))
+            unit.text.remove_prefix(1);
         if (!unit.text.empty()) {
             append_replaced(unit.text, " ", space_symbol, &result);
             after_space = remove_extra_whitespaces_ && unit.text.back() == ' ';
@@ -273,8 +280,8 @@ struct Tokenizer::Merge {
         const std::int32_t id = tokenizer.find(joint);
         if (id < 0) return;
         const auto index = static_cast<std::size_t>(id);
-        agenda.push({tokenizer.scores_[index], left, right,
-                     static_cast<std::uint32_t>(joint.size())});
+        agenda.push(
+            {tokenizer.scores_[index], left, right, static_cast<std::uint32_t>(joint.size())});
         if (tokenizer.types_[index] == TokenType::unused) parts[id] = {a.text, b.text};
     }
 
@@ -372,7 +379,8 @@ void Tokenizer::append(std::int32_t token, bool* at_start, std::string* text) co
 
 std::string Tokenizer::decode(const std::vector<std::int32_t>& tokens, bool at_start) const {
     std::string text;
-    for (const std::int32_t token : tokens) append(token, &at_start, &text);
+    for (const std::int32_t token : tokens)
+        append(token, &at_start, &text);
     return text;
 }
 

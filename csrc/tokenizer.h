@@ -52,7 +52,12 @@ public:
 private:
     // The numbers are those of the file format.
     enum class TokenType : std::uint8_t {
-        normal = 1, unknown = 2, control = 3, user_defined = 4, unused = 5, byte = 6,
+        normal = 1,
+        unknown = 2,
+        control = 3,
+        user_defined = 4,
+        unused = 5,
+        byte = 6,
     };
     struct Unit;   // the next character or user-defined token of a text
     struct Merge;  // byte-pair encoding of one text in progress

@@ -98,8 +98,7 @@ public:
     void finish() const {
         for (const GgufTensor& tensor : file_.tensors()) {
             if (taken_.count(tensor.name) == 0 && tensor.name != "rope_freqs.weight") {
-                throw Error(Status::format_error,
-                            file_.name() + ": unknown tensor " + tensor.name);
+                throw Error(Status::format_error, file_.name() + ": unknown tensor " + tensor.name);
             }
         }
     }
@@ -152,19 +151,19 @@ private:
         }
         const auto n = static_cast<std::int64_t>(tensor.rows * tensor.cols);
         auto* out = reinterpret_cast<float*>(allocate(static_cast<std::size_t>(n) * 4));
-        parallel_for(n < (1 << 18) ? 1 : n_threads_, n,
-                     [&](std::int64_t begin, std::int64_t end, int) {
-                         for (std::int64_t i = begin; i < end; ++i) {
-                             if (tensor.dtype == DType::f32) {
-                                 std::memcpy(out + i, bytes + 4 * i, 4);
-                             } else if (tensor.dtype == DType::bf16) {
-                                 out[i] = float_from_bits(
-                                     static_cast<std::uint32_t>(load_u16(bytes + 2 * i)) << 16);
-                             } else {
-                                 out[i] = float_from_f16(load_u16(bytes + 2 * i));
-                             }
-                         }
-                     });
+        parallel_for(
+            n < (1 << 18) ? 1 : n_threads_, n, [&](std::int64_t begin, std::int64_t end, int) {
+                for (std::int64_t i = begin; i < end; ++i) {
+                    if (tensor.dtype == DType::f32) {
+                        std::memcpy(out + i, bytes + 4 * i, 4);
+                    } else if (tensor.dtype == DType::bf16) {
+                        out[i] = float_from_bits(static_cast<std::uint32_t>(load_u16(bytes + 2 * i))
+                                                 << 16);
+                    } else {
+                        out[i] = float_from_f16(load_u16(bytes + 2 * i));
+                    }
+                }
+            });
         return out;
     }
 
@@ -197,9 +196,8 @@ Weights::Weights(const GgufFile& file, const Config& config, int n_threads) {
         layers.push_back(w);
     }
     final_norm = reader.vector("output_norm.weight", config.dim);
-    lm_head = config.tie_embeddings
-                  ? tok_embed
-                  : reader.matrix("output.weight", config.vocab_size, config.dim);
+    lm_head = config.tie_embeddings ? tok_embed
+                                    : reader.matrix("output.weight", config.vocab_size, config.dim);
     reader.finish();
 }
 

@@ -11,7 +11,7 @@
 
 namespace tinyllama {
 
-struct Matrix {  // row-major (rows, cols): y = W x has `rows` elements
+struct Matrix {                // row-major (rows, cols): y = W x has `rows` elements
     DType dtype = DType::f32;  // f32, bf16 or q8_0
     std::int64_t rows = 0;
     std::int64_t cols = 0;

@@ -115,7 +115,8 @@ void exercise(const std::shared_ptr<const Model>& model, fuzz::Random& random) {
     std::string text;
     const char* const parts[] = {"a",    "ab",       " ",   "  ", "b", "\xe7\x8b\x90",
                                  "<go>", "\xf0\x9f", "\xff"};
-    for (std::size_t n = random.below(12); n > 0; --n) text += parts[random.below(9)];
+    for (std::size_t n = random.below(12); n > 0; --n)
+        text += parts[random.below(9)];
     std::vector<std::int32_t> tokens = tokenizer.encode(text, true, random.one_in(2));
     StreamDecoder stream(tokenizer, true);
     std::string streamed;
@@ -130,8 +131,8 @@ void exercise(const std::shared_ptr<const Model>& model, fuzz::Random& random) {
 
     Session session(model, random.next());
     tokens.resize(std::min<std::size_t>(tokens.size(), 3));
-    tokens.push_back(static_cast<std::int32_t>(
-        random.below(static_cast<std::size_t>(tokenizer.vocab_size()))));
+    tokens.push_back(
+        static_cast<std::int32_t>(random.below(static_cast<std::size_t>(tokenizer.vocab_size()))));
     feed({{&session, tokens, nullptr}}, [] {});
     for (const float logit : session.logits()) {
         if (!std::isfinite(logit)) broken("logits are finite");
@@ -193,7 +194,8 @@ int main(int argc, char** argv) {
 
     const std::vector<fuzz::Tree> trees = fuzz::seed_models();
     std::vector<std::string> files;
-    for (int i = 3; i < argc; ++i) files.push_back(read_file(argv[i]));
+    for (int i = 3; i < argc; ++i)
+        files.push_back(read_file(argv[i]));
     std::map<std::string, std::uint64_t> outcomes;
     const auto run = [&](const std::string& bytes, std::uint64_t i, fuzz::Random& random) {
         current_bytes = bytes;

@@ -9,8 +9,14 @@ namespace fuzz {
 
 namespace {
 
-enum : std::uint32_t { u32_type = 4, i32_type = 5, f32_type = 6, bool_type = 7, string_type = 8,
-                       array_type = 9 };
+enum : std::uint32_t {
+    u32_type = 4,
+    i32_type = 5,
+    f32_type = 6,
+    bool_type = 7,
+    string_type = 8,
+    array_type = 9
+};
 enum : std::uint32_t { f32 = 0, f16 = 1, q8_0 = 8, bf16 = 30 };
 
 template <typename T>
@@ -33,13 +39,12 @@ std::string array(std::uint32_t type, const std::vector<T>& items) {
     return out;
 }
 
-Entry u32_entry(const std::string& key, std::uint32_t value) {
-    return {key, u32_type, raw(value)};
-}
+Entry u32_entry(const std::string& key, std::uint32_t value) { return {key, u32_type, raw(value)}; }
 
 std::uint64_t data_size(std::uint32_t type, const std::vector<std::uint64_t>& dims) {
     std::uint64_t n = 1;
-    for (const std::uint64_t dim : dims) n *= dim;
+    for (const std::uint64_t dim : dims)
+        n *= dim;
     return type == f32 ? 4 * n : type == q8_0 ? n / 32 * 34 : 2 * n;
 }
 
@@ -57,7 +62,8 @@ std::string tensor_data(std::uint32_t type, const std::vector<std::uint64_t>& di
         if (type == f16) data += raw(static_cast<std::uint16_t>(random.below(2) << 15 | 0x3000u));
         if (type == q8_0) {
             data += raw(static_cast<std::uint16_t>(0x2000));  // 2^-7
-            for (int i = 0; i < 32; ++i) data += static_cast<char>(random.next());
+            for (int i = 0; i < 32; ++i)
+                data += static_cast<char>(random.next());
         }
     }
     return data;
@@ -81,7 +87,8 @@ void add_vocabulary(const Shape& shape, Tree* tree) {
     for (std::size_t i = 0; shape.byte_tokens && i < 256; ++i) {
         add(std::string("<0x") + hex[i / 16] + hex[i % 16] + ">", 6);
     }
-    for (const char* piece : {"\xe2\x96\x81", "a", "b", "ab", "aba", "\xe7\x8b\x90"}) add(piece, 1);
+    for (const char* piece : {"\xe2\x96\x81", "a", "b", "ab", "aba", "\xe7\x8b\x90"})
+        add(piece, 1);
     add(std::string("\xe2\x96\x81") + "a", 1);
     add("<go>", 4);
     add("ba", 5);
@@ -133,8 +140,8 @@ Tree seed_model(const Shape& s, Random& random) {
     if (!s.tied) {
         add("output.weight", {s.dim, tree.pieces.size()});
         const std::vector<float> factors(s.head_dim / 2, 2.0f);
-        tree.tensors.push_back({"rope_freqs.weight", {factors.size()}, f32,
-                                array(f32_type, factors).substr(12)});
+        tree.tensors.push_back(
+            {"rope_freqs.weight", {factors.size()}, f32, array(f32_type, factors).substr(12)});
     }
     return tree;
 }
@@ -212,16 +219,26 @@ std::string write_fields(const Tree& tree, std::vector<Field>* fields, std::vect
 std::uint64_t boundary(std::uint64_t current, std::size_t file_size, Random& random) {
     const std::uint64_t power = std::uint64_t{1} << random.below(64);
     switch (random.below(10)) {
-        case 0: return 0;
-        case 1: return 1;
-        case 2: return current + 1;
-        case 3: return current - 1;
-        case 4: return current * 2;
-        case 5: return power;
-        case 6: return power - 1;
-        case 7: return ~std::uint64_t{0} - random.below(64);
-        case 8: return file_size - random.below(64);
-        default: return random.below(40);
+        case 0:
+            return 0;
+        case 1:
+            return 1;
+        case 2:
+            return current + 1;
+        case 3:
+            return current - 1;
+        case 4:
+            return current * 2;
+        case 5:
+            return power;
+        case 6:
+            return power - 1;
+        case 7:
+            return ~std::uint64_t{0} - random.below(64);
+        case 8:
+            return file_size - random.below(64);
+        default:
+            return random.below(40);
     }
 }
 
@@ -239,27 +256,47 @@ void drop_copy_or_swap(std::vector<T>* items, Random& random) {
     const std::size_t i = random.below(items->size());
     const std::size_t j = random.below(items->size());
     switch (random.below(3)) {
-        case 0: items->erase(items->begin() + static_cast<std::ptrdiff_t>(i)); break;
+        case 0:
+            items->erase(items->begin() + static_cast<std::ptrdiff_t>(i));
+            break;
         case 1: {
             const T copy = (*items)[i];
             items->insert(items->begin() + static_cast<std::ptrdiff_t>(j), copy);
             break;
         }
-        default: std::swap((*items)[i], (*items)[j]);
+        default:
+            std::swap((*items)[i], (*items)[j]);
     }
 }
 
 void change_token(Tree* tree, Random& random) {
     if (tree->pieces.empty() || tree->scores.empty() || tree->types.empty()) return;
-    static const std::vector<std::string> pieces = {
-        "", "<0x41>", "<0x-1>", "<0xZZ>", "a", "ab", "\xe2\x96\x81", " ", "\xff", "\xe2\x96",
-        std::string("\0", 1), "\xf0\x9f\xa6\x8a", std::string(300, 'a'), "<s>", "aa", "aaaa"};
+    static const std::vector<std::string> pieces = {"",
+                                                    "<0x41>",
+                                                    "<0x-1>",
+                                                    "<0xZZ>",
+                                                    "a",
+                                                    "ab",
+                                                    "\xe2\x96\x81",
+                                                    " ",
+                                                    "\xff",
+                                                    "\xe2\x96",
+                                                    std::string("\0", 1),
+                                                    "\xf0\x9f\xa6\x8a",
+                                                    std::string(300, 'a'),
+                                                    "<s>",
+                                                    "aa",
+                                                    "aaaa"};
     constexpr float infinity = std::numeric_limits<float>::infinity();
-    static const std::vector<float> scores = {0.0f, -1e9f, 3e38f, infinity, -infinity,
-                                              std::nanf(""), -5.0f, -0.0f};
+    static const std::vector<float> scores = {0.0f,      -1e9f,         3e38f, infinity,
+                                              -infinity, std::nanf(""), -5.0f, -0.0f};
     switch (random.below(4)) {
-        case 0: random.pick(tree->pieces) = pieces[random.below(pieces.size())]; break;
-        case 1: random.pick(tree->scores) = scores[random.below(scores.size())]; break;
+        case 0:
+            random.pick(tree->pieces) = pieces[random.below(pieces.size())];
+            break;
+        case 1:
+            random.pick(tree->scores) = scores[random.below(scores.size())];
+            break;
         case 2:
             random.pick(tree->types) = static_cast<std::int32_t>(random.below(8)) -
                                        static_cast<std::int32_t>(random.one_in(8));
@@ -284,7 +321,9 @@ void change_tensor(Tree* tree, Random& random) {
                 tensor.name[random.below(tensor.name.size())] = static_cast<char>(random.next());
             }
             break;
-        case 1: tensor.name = tree->tensors[random.below(tree->tensors.size())].name; break;
+        case 1:
+            tensor.name = tree->tensors[random.below(tree->tensors.size())].name;
+            break;
         case 2: {
             const std::uint32_t types[] = {f32, f16, q8_0, bf16, 2, 12};
             tensor.type = types[random.below(6)];
@@ -293,7 +332,9 @@ void change_tensor(Tree* tree, Random& random) {
         case 3:
             if (!tensor.dims.empty()) random.pick(tensor.dims) = 1 + random.below(64);
             break;
-        case 4: tensor.dims.push_back(1); break;
+        case 4:
+            tensor.dims.push_back(1);
+            break;
         default:
             for (std::size_t i = 0; i < 4 && !tensor.data.empty(); ++i) {
                 const std::size_t at = random.below(tensor.data.size());
@@ -307,13 +348,17 @@ void change_entry(Tree* tree, Random& random) {
     if (tree->entries.empty()) return;
     Entry& entry = random.pick(tree->entries);
     switch (random.below(5)) {
-        case 0: entry.type = static_cast<std::uint32_t>(random.below(14)); break;
+        case 0:
+            entry.type = static_cast<std::uint32_t>(random.below(14));
+            break;
         case 1:
             if (!entry.key.empty()) {
                 entry.key[random.below(entry.key.size())] = static_cast<char>(random.next());
             }
             break;
-        case 2: entry.value.resize(random.below(entry.value.size() + 8)); break;
+        case 2:
+            entry.value.resize(random.below(entry.value.size() + 8));
+            break;
         case 3:
             if (!entry.value.empty()) {
                 entry.value[random.below(entry.value.size())] = static_cast<char>(random.next());
@@ -321,8 +366,10 @@ void change_entry(Tree* tree, Random& random) {
             break;
         default: {
             static const std::vector<Entry> added = {
-                u32_entry("general.alignment", 0), u32_entry("general.alignment", 1),
-                u32_entry("general.alignment", 64), u32_entry("llama.vocab_size", 12),
+                u32_entry("general.alignment", 0),
+                u32_entry("general.alignment", 1),
+                u32_entry("general.alignment", 64),
+                u32_entry("llama.vocab_size", 12),
                 {"llama.rope.freq_base", f32_type, raw(1e-38f)},
                 {"llama.rope.freq_base", f32_type, raw(3e38f)},
                 {"llama.rope.scale_linear", f32_type, raw(1e38f)},
@@ -339,11 +386,11 @@ void change_entry(Tree* tree, Random& random) {
 std::vector<Tree> seed_models() {
     Random random(1, 0);
     std::vector<Tree> trees;
-    for (const Shape& shape : {Shape{4, 6, 1, 2, 2, 2, f32, true, false},
-                               Shape{8, 12, 2, 4, 2, 2, bf16, false, true},
-                               Shape{32, 32, 1, 2, 1, 16, q8_0, true, false},
-                               Shape{6, 10, 1, 3, 1, 4, f16, false, false},
-                               Shape{32, 64, 2, 4, 4, 8, q8_0, false, true}}) {
+    for (const Shape& shape :
+         {Shape{4, 6, 1, 2, 2, 2, f32, true, false}, Shape{8, 12, 2, 4, 2, 2, bf16, false, true},
+          Shape{32, 32, 1, 2, 1, 16, q8_0, true, false},
+          Shape{6, 10, 1, 3, 1, 4, f16, false, false},
+          Shape{32, 64, 2, 4, 4, 8, q8_0, false, true}}) {
         trees.push_back(seed_model(shape, random));
     }
     return trees;
@@ -359,11 +406,20 @@ std::string mutate_bytes(std::string bytes, Random& random) {
     const std::size_t at = random.below(bytes.size());
     const std::size_t length = random.below(std::min<std::size_t>(bytes.size() - at, 64) + 1);
     switch (random.below(5)) {
-        case 0: bytes.resize(at); break;
-        case 1: bytes.erase(at, length); break;
-        case 2: bytes.insert(at, bytes.substr(random.below(bytes.size()), length)); break;
-        case 3: bytes[at] = static_cast<char>(bytes[at] ^ (1 << random.below(8))); break;
-        default: bytes[at] = static_cast<char>(random.next());
+        case 0:
+            bytes.resize(at);
+            break;
+        case 1:
+            bytes.erase(at, length);
+            break;
+        case 2:
+            bytes.insert(at, bytes.substr(random.below(bytes.size()), length));
+            break;
+        case 3:
+            bytes[at] = static_cast<char>(bytes[at] ^ (1 << random.below(8)));
+            break;
+        default:
+            bytes[at] = static_cast<char>(random.next());
     }
     return bytes;
 }
@@ -373,12 +429,21 @@ std::string mutate(const Tree& seed, Random& random) {
     const std::size_t n_changes = random.below(4);
     for (std::size_t i = 0; i < n_changes; ++i) {
         switch (random.below(8)) {
-            case 0: drop_copy_or_swap(&tree.entries, random); break;
-            case 1: drop_copy_or_swap(&tree.tensors, random); break;
-            case 2: change_entry(&tree, random); break;
+            case 0:
+                drop_copy_or_swap(&tree.entries, random);
+                break;
+            case 1:
+                drop_copy_or_swap(&tree.tensors, random);
+                break;
+            case 2:
+                change_entry(&tree, random);
+                break;
             case 3:
-            case 4: change_tensor(&tree, random); break;
-            default: change_token(&tree, random);
+            case 4:
+                change_tensor(&tree, random);
+                break;
+            default:
+                change_token(&tree, random);
         }
     }
     std::vector<Field> fields;

@@ -20,7 +20,9 @@ public:
     std::size_t below(std::size_t n) { return static_cast<std::size_t>(next() % n); }
     bool one_in(std::size_t n) { return below(n) == 0; }
     template <typename T>
-    T& pick(std::vector<T>& items) { return items[below(items.size())]; }
+    T& pick(std::vector<T>& items) {
+        return items[below(items.size())];
+    }
 
 private:
     std::uint64_t state_;
