@@ -73,7 +73,7 @@ def test_tokenizer(model):
 def test_info_and_config(model):
     info = model.info()
     assert info["dtype"] == "f32"
-    assert info["isa"] == tinyllama.supported_isas()[0]
+    assert info["isa"] in tinyllama.supported_isas()
     assert info["n_threads"] == 1
     assert info["parameters"] == tiny_checkpoint().config.n_parameters
     assert info["bytes"] == 4 * info["parameters"]

@@ -1,6 +1,7 @@
 """What is generated: seeds, ends, whole characters, stop strings, several texts at once."""
 
 import math
+import signal
 
 import numpy as np
 import pytest
@@ -200,3 +201,23 @@ def test_more_prompts_than_run_at_once(model):
         assert texts[i] == model.generate(prompts[i], temperature=0, max_new_tokens=6)
     many = model.generate(PROMPT, num_return_sequences=MAX_LIVE + 3, seed=0, max_new_tokens=2)
     assert len(many) == MAX_LIVE + 3
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a timer signal")
+@pytest.mark.parametrize("n_prompt", [1, 100_000], ids=["while generating", "while reading"])
+def test_an_interrupt_stops_the_work(n_prompt):
+    """As Ctrl-C does: the work would go on for a minute and more."""
+    model = tiny_model(max_seq_len=200_000)
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate([5] * n_prompt, logit_bias={1: -math.inf, 2: -math.inf})
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert len(model.generate(PROMPT, max_new_tokens=3, temperature=0)) > 0

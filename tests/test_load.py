@@ -1,20 +1,19 @@
 """Opening models: paths, bytes, dtypes, kernel sets, and what is no model."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
 import tinyllama
 from random_models import tiny_checkpoint, tiny_model
+from tinyllama import loading
 from tinyllama.errors import ArgumentError, ContextFullError, FormatError, NonFiniteError
 from tinyllama.formats.checkpoint import Checkpoint
 from tinyllama.formats.gguf import gguf_bytes, write_gguf
 
 PROMPT = "the rain"
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
 
 
 def test_load_takes_paths_and_bytes(tmp_path):
@@ -108,3 +107,29 @@ def test_logits_that_are_not_finite_are_refused():
     model = tinyllama.load(gguf_bytes(Checkpoint(checkpoint.config, huge, checkpoint.vocabulary)))
     with pytest.raises(NonFiniteError, match="logit"):
         model.generate(PROMPT)
+
+
+def test_the_model_that_ships_is_the_default(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "__file__", str(tmp_path / "loading.py"))
+    with pytest.raises(FileNotFoundError, match="no model ships with this installation"):
+        tinyllama.load()
+    (tmp_path / "models").mkdir()
+    write_gguf(tiny_checkpoint(seed=8), tmp_path / "models" / "stories.gguf")
+    np.testing.assert_array_equal(tinyllama.load().logits([1]), tiny_model(seed=8).logits([1]))
+
+
+def test_importing_loads_nothing_heavy():
+    script = "import sys, tinyllama; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    extras = {"torch", "sentencepiece", "safetensors", "tokenizers", "tqdm", "pyarrow", "ftfy"}
+    heavy = {"argparse", "matplotlib", "tinyllama.formats", "tinyllama.train", "tinyllama.cli"}
+    assert not (extras | heavy) & set(done.stdout.split())
+
+
+def test_rooms_are_reached_by_attribute():
+    assert tinyllama.formats.read_checkpoint
+    assert tinyllama.reference.forward
+    with pytest.raises(AttributeError, match="no attribute 'trian'"):
+        _ = tinyllama.trian

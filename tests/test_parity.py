@@ -12,9 +12,20 @@ N_CONFIGS = 320
 TOLERANCE = 1e-4
 
 
+@pytest.fixture(autouse=True)
+def one_torch_thread():
+    """Threads cost more than they bring at these sizes."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def test_native_logits_equal_torch_on_random_configs():
     """Every position of a random text, on every variant of the architecture."""
-    torch = pytest.importorskip("torch")
+    import torch
+
     from tinyllama.train.model import Llama, tensors_to_state
 
     worst = (0.0, -1)
@@ -23,7 +34,7 @@ def test_native_logits_equal_torch_on_random_configs():
         checkpoint = random_checkpoint(random_config(rng), rng)
         config = checkpoint.config
         tokens = rng.integers(0, config.vocab_size, config.max_seq_len)
-        native = tinyllama.load(gguf_bytes(checkpoint)).logits(tokens)
+        native = tinyllama.load(gguf_bytes(checkpoint), n_threads=1).logits(tokens)
         torch_model = Llama(config).eval()
         torch_model.load_state_dict(tensors_to_state(checkpoint.tensors, config))
         with torch.no_grad():
@@ -47,7 +58,8 @@ def test_native_logits_equal_torch_on_random_configs():
     ids=["grouped", "multi-head", "multi-query-untied", "odd-sizes", "linear", "llama3"],
 )
 def test_native_logits_equal_transformers_reading_our_export(changes, tmp_path):
-    torch = pytest.importorskip("torch")
+    import torch
+
     transformers = pytest.importorskip("transformers")
     hf = pytest.importorskip("tinyllama.formats.hf")
     checkpoint = tiny_checkpoint(**changes)
@@ -56,7 +68,7 @@ def test_native_logits_equal_transformers_reading_our_export(changes, tmp_path):
     tokens = np.random.default_rng(0).integers(0, 300, 64)
     with torch.no_grad():
         expected = theirs(torch.from_numpy(tokens)[None]).logits[0].numpy()
-    native = tinyllama.load(gguf_bytes(checkpoint)).logits(tokens)
+    native = tinyllama.load(gguf_bytes(checkpoint), n_threads=1).logits(tokens)
     assert np.abs(native - expected).max() <= TOLERANCE
-    again = tinyllama.load(tmp_path / "model").logits(tokens)
+    again = tinyllama.load(tmp_path / "model", n_threads=1).logits(tokens)
     np.testing.assert_array_equal(again, native)

@@ -49,7 +49,7 @@ def test_stage_names_and_shapes():
 @pytest.mark.parametrize("seed", SEEDS)
 def test_native_core_agrees_at_every_stage(seed):
     checkpoint, tokens = random_case(seed)
-    model = tinyllama.load(gguf_bytes(checkpoint))
+    model = tinyllama.load(gguf_bytes(checkpoint), n_threads=1)
     expected = stages(checkpoint, tokens, np.float64)
     assert first_difference(expected, native_stages(model, tokens), 1e-5) is None
 
