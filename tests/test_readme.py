@@ -15,9 +15,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # What the test changes in the commands, so that they end in seconds.
 SMALLER = {
-    "--num-return-sequences 3000": "--num-return-sequences 40",
-    "--vocab-size 1024": "--vocab-size 400",
-    "--preset stories1m --set model.vocab_size=1024": (
+    "--num-return-sequences 2000": "--num-return-sequences 40",
+    "--vocab-size 2048": "--vocab-size 400",
+    "--preset stories1m": (
         "--preset stories1m --set model.vocab_size=400 --set steps=4 --set batch_size=2"
         " --set compile=no"
     ),

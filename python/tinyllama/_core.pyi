@@ -16,7 +16,9 @@ def has_openmp() -> bool: ...
 class GgufReader:
     """A parsed GGUF file: metadata and raw tensors (the one parser, for the Python side too)."""
 
-    def __init__(self, data: bytes | None = ..., path: str | None = ..., name: str = ...) -> None: ...
+    def __init__(
+        self, data: bytes | None = ..., path: str | None = ..., name: str = ...
+    ) -> None: ...
     def metadata(self) -> dict[str, Any]: ...
     def tensors(self) -> list[tuple[str, str, tuple[int, ...]]]:
         """(name, dtype name "f32"|"f16"|"bf16"|"q8_0", torch-order shape) in file order."""
@@ -118,11 +120,17 @@ def score(session: Session, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
 def trace(
     session: Session, tokens: Sequence[int], tap: Callable[[str, npt.NDArray[np.float32]], None]
 ) -> None:
-    """Feed tokens as one batch and call tap(stage, values (n_tokens, width)) at each named stage."""
+    """Feed tokens as one batch; call tap(stage, values (n_tokens, width)) at each named stage."""
 
 def kernel_matmul(
-    isa: str, dtype: str, weights: npt.NDArray[Any], rows: int, cols: int,
-    x: npt.NDArray[np.float32], begin: int = ..., end: int = ...
+    isa: str,
+    dtype: str,
+    weights: npt.NDArray[Any],
+    rows: int,
+    cols: int,
+    x: npt.NDArray[np.float32],
+    begin: int = ...,
+    end: int = ...,
 ) -> npt.NDArray[np.float32]:
     """One kernel on its own, for tests: x (n_tokens, cols) -> (n_tokens, rows)."""
 
@@ -130,4 +138,5 @@ def kernel_unary(
     isa: str, name: str, *arrays: npt.NDArray[np.float32], scalar: float = ...
 ) -> npt.NDArray[np.float32]:
     """rms_norm(x, weight; eps), rope(x (n_heads, head_dim), cos, sin), swiglu(gate, up),
-    add(x, y), attend(q (head_dim,), k (n, head_dim), v (n, head_dim)), quantize_q8(x)->dequantised."""
+    add(x, y), attend(q (head_dim,), k (n, head_dim), v (n, head_dim)), quantize_q8(x), which
+    comes back dequantised."""

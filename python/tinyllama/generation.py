@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from . import _core
@@ -184,39 +184,43 @@ def complete_prompts(
     prompts: Sequence[list[int]],
     params: SamplingParams,
     n_top: int | None = None,
+    on_done: Callable[[], object] | None = None,
 ) -> list[list[Completion]]:
     """Continue every prompt ``params.num_return_sequences`` times; a list of them per prompt.
 
     Sequence j of prompt i draws from the seed :func:`sequence_seed` (seed, i · n + j), whatever
-    else runs beside it. A prompt is read once and its session forked for the others.
+    else runs beside it. A prompt is read once and its session forked for the others. ``on_done``
+    is called after each text that ends.
     """
     first_seed = new_seed() if params.seed is None else params.seed
     n = params.num_return_sequences
-    waiting = deque(range(len(prompts)))
+    waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
+    read: dict[int, _core.Session] = {}  # prompts of which sequences are still to start
     live: dict[tuple[int, int], Continuation] = {}
     done: dict[tuple[int, int], Completion] = {}
     while waiting or live:
-        started: dict[int, _core.Session] = {}
-        while waiting and (len(live) + (len(started) + 1) * n <= MAX_LIVE or not (live or started)):
-            i = waiting.popleft()
-            started[i] = _core.Session(model, sequence_seed(first_seed, i * n))
+        starting = [waiting.popleft() for _ in range(min(len(waiting), MAX_LIVE - len(live)))]
+        unread = [i for i in dict.fromkeys(i for i, _ in starting) if i not in read]
+        for i in unread:
+            read[i] = _core.Session(model, sequence_seed(first_seed, i * n + n - 1))
         _core.forward(
-            [c.session for c in live.values()] + list(started.values()),
-            [[c.tokens[-1]] for c in live.values()] + [prompts[i] for i in started],
+            [c.session for c in live.values()] + [read[i] for i in unread],
+            [[c.tokens[-1]] for c in live.values()] + [prompts[i] for i in unread],
         )
-        for i, first in started.items():
-            for j in range(n):
-                session = first.fork(sequence_seed(first_seed, i * n + j)) if j else first
-                decoder = _core.StreamDecoder(
-                    model.tokenizer, at_start(model.tokenizer, prompts[i])
-                )
-                live[i, j] = Continuation(session, decoder, model, params, n_top)
+        for i, j in starting:
+            # The last sequence of a prompt takes the session that read it, the others copies.
+            last = j == n - 1
+            session = read.pop(i) if last else read[i].fork(sequence_seed(first_seed, i * n + j))
+            decoder = _core.StreamDecoder(model.tokenizer, at_start(model.tokenizer, prompts[i]))
+            live[i, j] = Continuation(session, decoder, model, params, n_top)
         for (i, j), continuation in list(live.items()):
             if continuation.finish_reason is None:
                 continuation.step()
             if continuation.finish_reason is not None:
                 done[i, j] = continuation.completion(len(prompts[i]))
                 del live[i, j]
+                if on_done is not None:
+                    on_done()
     return [[done[i, j] for j in range(n)] for i in range(len(prompts))]
 
 

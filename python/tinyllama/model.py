@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -124,11 +124,13 @@ class Model:
         logprobs: int | None = None,
         *,
         params: SamplingParams | None = None,
+        on_done: Callable[[], object] | None = None,
         **sampling: Any,
     ) -> Any:
         """Like :meth:`generate`, but each text comes as a :class:`Completion`, which also tells its
         tokens, why it ended, and with ``logprobs=n`` every token's log-probability and the n
-        likeliest alternatives (0: none)."""
+        likeliest alternatives (0: none). ``on_done`` is called after each text that ends: for a
+        progress bar, say."""
         options = self._options(params, sampling)
         n_top = None if logprobs is None else as_int("logprobs", logprobs)
         if n_top is not None and n_top > self.tokenizer.vocab_size:
@@ -136,7 +138,7 @@ class Model:
                 f"logprobs is {n_top}; the model has {self.tokenizer.vocab_size} tokens"
             )
         prompts, many = split_prompts(prompt)
-        groups = self._complete(prompts, options, n_top)
+        groups = self._complete(prompts, options, n_top, on_done)
         if options.return_full_text:
             groups = [
                 [replace(c, text=self._text(one) + c.text) for c in group]
@@ -196,9 +198,14 @@ class Model:
         return options
 
     def _complete(
-        self, prompts: list[Prompt], options: SamplingParams, n_top: int | None = None
+        self,
+        prompts: list[Prompt],
+        options: SamplingParams,
+        n_top: int | None = None,
+        on_done: Callable[[], object] | None = None,
     ) -> list[list[Completion]]:
-        return complete_prompts(self._core, [self._tokens(p) for p in prompts], options, n_top)
+        tokens = [self._tokens(prompt) for prompt in prompts]
+        return complete_prompts(self._core, tokens, options, n_top, on_done)
 
     def _text(self, prompt: Prompt) -> str:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)

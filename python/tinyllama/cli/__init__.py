@@ -18,7 +18,7 @@ Train, export and run tiny Llamas on the CPU.
 
 The life of a model:
   tinyllama data check stories.txt --repair clean.txt
-  tinyllama tokenizer train clean.txt --vocab-size 3000 --out tok.model
+  tinyllama tokenizer train clean.txt --vocab-size 2048 --out tok.model
   tinyllama data prepare clean.txt --tokenizer tok.model --out tokens
   tinyllama train --preset stories1m --data tokens --out run
   tinyllama export run --out model.gguf

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError
-from .loading import MODELS, add_model_options, open_model
+from .loading import MODELS, add_model_options, open_model, progress_bar
 
 if TYPE_CHECKING:
     from ..data.documents import Documents
@@ -73,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _watched(documents: Documents, seen: dict[str, int]) -> Iterator[str]:
     """The texts that are not empty, counted in ``seen``, with a bar on stderr on a terminal."""
-    bar = _bar(documents.size)
+    bar = progress_bar(documents.size, "scoring", unit="B", unit_scale=True)
     for _, text in documents:
         if text:
             yield text
@@ -83,13 +82,3 @@ def _watched(documents: Documents, seen: dict[str, int]) -> Iterator[str]:
             bar.update(documents.position - bar.n)
     if bar is not None:
         bar.close()
-
-
-def _bar(n_bytes: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:  # only the bar needs it
-        if sys.stderr.isatty():
-            print(f"scoring {n_bytes:,} bytes …", file=sys.stderr)
-        return None
-    return tqdm(total=n_bytes, unit="B", unit_scale=True, desc="scoring", disable=None, leave=False)

@@ -9,9 +9,9 @@ import sys
 from typing import Any
 
 from ..errors import ArgumentError
-from ..generation import Completion
+from ..generation import MAX_LIVE, Completion
 from ..sampling import SamplingParams
-from .loading import MODELS, add_model_options, open_model
+from .loading import MODELS, add_model_options, open_model, progress_bar
 
 EPILOG = """\
 examples:
@@ -111,7 +111,12 @@ def run(args: argparse.Namespace) -> None:
             print(piece, end="", flush=True)
         print()
         return
-    completions = model.complete([args.prompt], args.logprobs, params=params)[0]
+    n = params.num_return_sequences
+    bar = progress_bar(n, "texts") if n > MAX_LIVE else None
+    on_done = None if bar is None else bar.update
+    completions = model.complete([args.prompt], args.logprobs, params=params, on_done=on_done)[0]
+    if bar is not None:
+        bar.close()
     for i, completion in enumerate(completions if isinstance(completions, list) else [completions]):
         if args.json:
             print(json.dumps(_record(args.prompt, completion), ensure_ascii=False))

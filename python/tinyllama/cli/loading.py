@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -30,3 +31,15 @@ def open_model(path: str | None, args: argparse.Namespace) -> Model:
     return load(
         path, tokenizer=args.tokenizer, dtype=args.dtype, n_threads=args.threads, isa=args.isa
     )
+
+
+def progress_bar(total: int, what: str, **options: Any) -> Any:
+    """A bar on stderr where that is a terminal; None without tqdm, which only the bar needs."""
+    if not sys.stderr.isatty():
+        return None
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print(f"{what}: {total:,} …", file=sys.stderr)
+        return None
+    return tqdm(total=total, desc=what, leave=False, **options)
