@@ -1,6 +1,6 @@
 """Watch a model choose: for every token, the candidates it weighed and the one that was drawn.
 
-    python examples/see_it_think.py "Once upon a time"
+python examples/see_it_think.py "Once upon a time"
 """
 
 import sys
