@@ -56,7 +56,9 @@ def main() -> int:
     assert train(args, stopped).wait() == 0
 
     equal = weights(straight) == weights(stopped)
-    print(f"straight {weights(straight)[:16]}, stopped three times {weights(stopped)[:16]}:", end=" ")
+    print(
+        f"straight {weights(straight)[:16]}, stopped three times {weights(stopped)[:16]}:", end=" "
+    )
     print("the same bits" if equal else "DIFFERENT")
     return 0 if equal else 1
 

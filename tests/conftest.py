@@ -1,13 +1,8 @@
 """Shared fixtures."""
 
-import os
 from pathlib import Path
 
 import pytest
-
-# Waiting threads sleep instead of spinning, so that tests stay fast when the cores are shared.
-# It has to be set before the extension is loaded.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
