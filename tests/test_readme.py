@@ -17,6 +17,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SMALLER = {
     "--num-return-sequences 2000": "--num-return-sequences 40",
     "--vocab-size 2048": "--vocab-size 400",
+    "--out tokens": "--out tokens --valid-fraction 0.2",
     "--preset stories1m": (
         "--preset stories1m --set model.vocab_size=400 --set steps=4 --set batch_size=2"
         " --set compile=no"
