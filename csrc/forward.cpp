@@ -19,7 +19,7 @@ namespace tinyllama {
 namespace {
 
 // Below this many multiply-adds a second thread costs more than it saves.
-constexpr std::int64_t min_work_per_thread = 1 << 15;
+constexpr std::int64_t min_work_per_thread = 1 << 17;
 
 class Pass {
 public:

@@ -3,6 +3,7 @@
 python examples/see_it_think.py "Once upon a time"
 """
 
+import math
 import sys
 
 import tinyllama
@@ -16,7 +17,7 @@ def main() -> None:
     print(prompt)
     for token, chosen in zip(completion.tokens, completion.logprobs, strict=True):
         weighed = "  ".join(
-            f"{model.tokenizer.decode([candidate])!r} {100 * 2.718281828**logprob:.0f}%"
+            f"{model.tokenizer.decode([candidate])!r} {100 * math.exp(logprob):.0f}%"
             for candidate, logprob in chosen.top
         )
         print(f"{model.tokenizer.decode([token])!r:>14}  of  {weighed}")

@@ -44,7 +44,7 @@ class MissingExtraError(TinyllamaError, ImportError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
-            f"this needs the package {package!r}, which is not installed: "
-            f'pip install "tinyllama[{extra}]"',
+            f"this needs the package {package!r}, which is not installed; the extra {extra!r}"
+            f' brings it: pip install ".[{extra}]" where tinyllama was installed from',
             name=package,
         )

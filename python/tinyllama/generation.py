@@ -6,6 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from . import _core
 from .sampling import SamplingParams
@@ -55,6 +56,9 @@ class Completion:
     finish_reason: str
     usage: Usage
     seed: int
+
+
+OnDone: TypeAlias = "Callable[[int, int, Completion], object]"
 
 
 class StopMatcher:
@@ -184,13 +188,13 @@ def complete_prompts(
     prompts: Sequence[list[int]],
     params: SamplingParams,
     n_top: int | None = None,
-    on_done: Callable[[], object] | None = None,
+    on_done: OnDone | None = None,
 ) -> list[list[Completion]]:
     """Continue every prompt ``params.num_return_sequences`` times; a list of them per prompt.
 
     Sequence j of prompt i draws from the seed :func:`sequence_seed` (seed, i · n + j), whatever
     else runs beside it. A prompt is read once and its session forked for the others. ``on_done``
-    is called after each text that ends.
+    is called with (i, j, completion) as soon as a text has ended.
     """
     first_seed = new_seed() if params.seed is None else params.seed
     n = params.num_return_sequences
@@ -220,7 +224,7 @@ def complete_prompts(
                 done[i, j] = continuation.completion(len(prompts[i]))
                 del live[i, j]
                 if on_done is not None:
-                    on_done()
+                    on_done(i, j, done[i, j])
     return [[done[i, j] for j in range(n)] for i in range(len(prompts))]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,7 +24,7 @@ from .arguments import (
 )
 from .config import Config, RopeScaling
 from .errors import ArgumentError, ContextFullError
-from .generation import Completion, complete_prompts
+from .generation import Completion, OnDone, complete_prompts
 from .sampling import SamplingParams, as_int
 from .session import Session
 
@@ -124,13 +124,13 @@ class Model:
         logprobs: int | None = None,
         *,
         params: SamplingParams | None = None,
-        on_done: Callable[[], object] | None = None,
+        on_done: OnDone | None = None,
         **sampling: Any,
     ) -> Any:
         """Like :meth:`generate`, but each text comes as a :class:`Completion`, which also tells its
         tokens, why it ended, and with ``logprobs=n`` every token's log-probability and the n
-        likeliest alternatives (0: none). ``on_done`` is called after each text that ends: for a
-        progress bar, say."""
+        likeliest alternatives (0: none). ``on_done(i, j, completion)`` is called as soon as
+        sequence j of prompt i has ended, in whatever order they end."""
         options = self._options(params, sampling)
         n_top = None if logprobs is None else as_int("logprobs", logprobs)
         if n_top is not None and n_top > self.tokenizer.vocab_size:
@@ -202,7 +202,7 @@ class Model:
         prompts: list[Prompt],
         options: SamplingParams,
         n_top: int | None = None,
-        on_done: Callable[[], object] | None = None,
+        on_done: OnDone | None = None,
     ) -> list[list[Completion]]:
         tokens = [self._tokens(prompt) for prompt in prompts]
         return complete_prompts(self._core, tokens, options, n_top, on_done)

@@ -91,7 +91,10 @@ class SamplingParams:
         None, "end the text before this string, or the first of several"
     )
     seed: int | None = _option(
-        None, "the same seed gives the same text; without one each run differs", kind=int, least=0
+        None,
+        "the same seed gives the same text on one kernel set; without one each run differs",
+        kind=int,
+        least=0,
     )
     num_return_sequences: int = _option(
         1, "how many continuations of each prompt", kind=int, least=1

@@ -90,7 +90,8 @@ class Session:
         self.finish_reason = continuation.finish_reason
 
     def rewind(self, n_tokens: int) -> None:
-        """Keep the first ``n_tokens`` of the timeline. Raises ArgumentError when it has fewer."""
+        """Keep the first ``n_tokens`` of the timeline. The random state goes on, so that what
+        follows is told anew. Raises ArgumentError when there are fewer."""
         self._core.rewind(as_int("n_tokens", n_tokens))
         self._decoder = None
 

@@ -17,7 +17,9 @@ with .gz or .zst. In records the text is --field, or else story, text or content
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``data`` with its verbs ``check`` and ``prepare``."""
     parser = subparsers.add_parser(
-        "data", help="look at text, mend it, turn it into tokens", description=__doc__
+        "data",
+        help="look at text, mend it, turn it into tokens",
+        description="Look at text, mend it, and turn it into token shards.",
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _register_check(verbs)

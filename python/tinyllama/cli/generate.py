@@ -6,12 +6,15 @@ import argparse
 import dataclasses
 import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
 from ..generation import MAX_LIVE, Completion
 from ..sampling import SamplingParams
 from .loading import MODELS, add_model_options, open_model, progress_bar
+
+if TYPE_CHECKING:
+    from ..model import Model
 
 EPILOG = """\
 examples:
@@ -66,7 +69,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
                 flag, action="append", metavar="TEXT", help=text + " (may be given several times)"
             )
         elif option.name == "logit_bias":
-            group.add_argument(flag, action="append", type=_bias, metavar="TOKEN=NUMBER", help=text)
+            group.add_argument(flag, action="append", type=bias, metavar="ID=NUMBER", help=text)
         elif option.name == "return_full_text":
             group.add_argument(
                 flag,
@@ -91,7 +94,7 @@ def sampling_params(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**values)
 
 
-def _bias(text: str) -> tuple[int, float]:
+def bias(text: str) -> tuple[int, float]:
     token, _, number = text.partition("=")
     return int(token), float(number)  # argparse reports a ValueError with the option's name
 
@@ -111,17 +114,34 @@ def run(args: argparse.Namespace) -> None:
             print(piece, end="", flush=True)
         print()
         return
-    n = params.num_return_sequences
-    bar = progress_bar(n, "texts") if n > MAX_LIVE else None
-    on_done = None if bar is None else bar.update
-    completions = model.complete([args.prompt], args.logprobs, params=params, on_done=on_done)[0]
+    _print_completions(model, args, params)
+
+
+def _print_completions(model: Model, args: argparse.Namespace, params: SamplingParams) -> None:
+    """Each text as soon as it and those before it have ended, so that an interrupt loses little."""
+    n, n_printed = params.num_return_sequences, 0
+    ready: dict[int, Completion] = {}
+    bar = progress_bar(n, "texts") if n > MAX_LIVE and not sys.stdout.isatty() else None
+    before = args.prompt if params.return_full_text else ""
+
+    def show(_: int, j: int, completion: Completion) -> None:
+        nonlocal n_printed
+        ready[j] = completion
+        while n_printed in ready:
+            following = ready.pop(n_printed)
+            text = before + following.text
+            if args.json:
+                record = _record(args.prompt, dataclasses.replace(following, text=text))
+                print(json.dumps(record, ensure_ascii=False), flush=True)
+            else:
+                print("<|endoftext|>\n" * (n_printed > 0) + text, flush=True)
+            n_printed += 1
+        if bar is not None:
+            bar.update()
+
+    model.complete([args.prompt], args.logprobs, params=params, on_done=show)
     if bar is not None:
         bar.close()
-    for i, completion in enumerate(completions if isinstance(completions, list) else [completions]):
-        if args.json:
-            print(json.dumps(_record(args.prompt, completion), ensure_ascii=False))
-        else:
-            print("<|endoftext|>\n" * (i > 0) + completion.text)
 
 
 def _record(prompt: str, completion: Completion) -> dict[str, Any]:

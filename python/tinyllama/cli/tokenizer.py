@@ -10,7 +10,9 @@ from .data import INPUTS, add_input_arguments
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add ``tokenizer`` with its verbs ``train`` and ``show``."""
     parser = subparsers.add_parser(
-        "tokenizer", help="train a tokenizer, or look at one", description=__doc__
+        "tokenizer",
+        help="train a tokenizer, or look at one",
+        description="Train a tokenizer, or see how one cuts a text.",
     )
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     _register_train(verbs)

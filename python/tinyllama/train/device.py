@@ -72,6 +72,16 @@ def maybe_compiled(
     return first_try
 
 
+def be_deterministic() -> None:
+    """Have torch sum in one order: the same run gives the same bits each time.
+
+    Compiled code otherwise adds up the embedding's gradient from several threads in whatever order
+    they come. Where torch has no ordered way (on some devices), it warns and goes on.
+    """
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
 def keep_freed_memory() -> None:
     """Tell glibc to keep freed memory: training frees and takes the same buffers every step.
 

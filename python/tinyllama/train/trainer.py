@@ -36,7 +36,13 @@ except ImportError as error:
     raise MissingExtraError(error.name or "torch", "train") from error
 
 from ..formats.sentencepiece import load_sentencepiece
-from .device import choose_autocast, choose_device, keep_freed_memory, maybe_compiled
+from .device import (
+    be_deterministic,
+    choose_autocast,
+    choose_device,
+    keep_freed_memory,
+    maybe_compiled,
+)
 from .metrics import Metrics
 from .model import Llama
 from .validate import tell, validate
@@ -78,6 +84,7 @@ class Trainer:
             torch.set_num_threads(recipe.n_threads)
         keep_freed_memory()
         device = choose_device(recipe.device)
+        be_deterministic()
         torch.manual_seed(recipe.seed)
         self.model = Llama(recipe.model, recipe.dropout).to(device)
         self.optimizers = make_optimizers(self.model, recipe)
