@@ -21,7 +21,6 @@ public:
     Session(std::shared_ptr<const Model> model, std::uint64_t seed);
 
     const Model& model() const { return *model_; }
-    const std::shared_ptr<const Model>& shared_model() const { return model_; }
     std::uint64_t seed() const { return random_.seed; }
     std::vector<std::int32_t> tokens();
     std::int32_t n_tokens();

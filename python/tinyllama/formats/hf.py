@@ -21,7 +21,7 @@ from ..errors import ArgumentError, ConfigError, FormatError, MissingExtraError
 from ..files import whole_folder
 from .checkpoint import Checkpoint
 from .dtypes import decode_tensor, encode_tensor
-from .hf_tokenizer import load_tokenizer, tokenizer_files
+from .hf_tokenizer import load_tokenizer, read_json, tokenizer_files
 
 PathLike = str | os.PathLike[str]
 
@@ -133,17 +133,6 @@ def _to_halves(tensor: np.ndarray, config: Config) -> np.ndarray:
 
 
 # --- JSON ---------------------------------------------------------------------------------------
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """An object from a JSON file. Raises OSError, or FormatError when it is damaged."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise FormatError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content
 
 
 def to_json(fields: Mapping[str, Any]) -> bytes:

@@ -31,8 +31,12 @@ def load_tokenizer(folder: Path, config_fields: dict[str, Any]) -> Vocabulary:
 
     Raises FormatError when there is neither or it is not of SentencePiece's kind.
     """
-    settings = _optional_json(folder / "tokenizer_config.json")
-    pipeline = _optional_json(folder / "tokenizer.json")
+    settings = (
+        read_json(folder / "tokenizer_config.json")
+        if (folder / "tokenizer_config.json").is_file()
+        else {}
+    )
+    pipeline = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
     if (folder / "tokenizer.model").is_file():
         vocabulary = load_sentencepiece(folder / "tokenizer.model")
         added = pipeline.get("added_tokens", [])
@@ -94,9 +98,8 @@ def tokenizer_files(vocabulary: Vocabulary, config: Config) -> dict[str, bytes]:
     return {"tokenizer.model": save_sentencepiece(vocabulary)} | data
 
 
-def _optional_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a JSON file. Raises OSError, or FormatError when it is damaged."""
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
