@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -139,6 +140,24 @@ def test_losing_any_part_of_the_state_is_noticed(
     for _ in range(3):
         part.step()
     assert not same(weights(straight), weights(part))
+
+
+@pytest.mark.skipif(not shutil.which("c++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_on_two_threads_the_same_run_gives_the_same_bits(
+    tokens: Path, tmp_path: Path
+) -> None:
+    """Compiled code sums the embedding's gradient in the order threads come, unless told not to."""
+    wide = dataclasses.replace(CONFIG, max_seq_len=256)
+    recipe = dataclasses.replace(
+        RECIPE, model=wide, batch_size=16, seq_len=256, compile="yes", n_threads=2
+    )
+    runs = []
+    for i in range(3):
+        trainer = Trainer(recipe, tokens, tmp_path / str(i))
+        trainer.step()
+        trainer.step()
+        runs.append(weights(trainer))
+    assert same(runs[0], runs[1]) and same(runs[0], runs[2])
 
 
 def test_signal_saves_and_the_same_call_goes_on(tokens: Path, tmp_path: Path) -> None:
