@@ -407,8 +407,11 @@ void bind_model(py::module_& m) {
           py::arg("all_logits") = false);
     m.def(
         "sample",
-        [](Session& session, const SamplingParams& params) { return session.sample(params); },
-        py::arg("session"), py::arg("params"), py::call_guard<py::gil_scoped_release>());
+        [](Session& session, const SamplingParams& params, const StreamDecoder* text) {
+            return session.sample(params, text);
+        },
+        py::arg("session"), py::arg("params"), py::arg("text") = nullptr,
+        py::call_guard<py::gil_scoped_release>());
     m.def("top_logprobs", &Session::top_log_probabilities, py::arg("session"), py::arg("n"),
           py::call_guard<py::gil_scoped_release>());
     m.def("score", &score_tokens, py::arg("session"), py::arg("tokens"));

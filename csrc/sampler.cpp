@@ -8,6 +8,7 @@
 #include <unordered_map>
 
 #include "status.h"
+#include "tokenizer.h"
 
 namespace tinyllama {
 namespace {
@@ -131,8 +132,9 @@ double RandomState::next_uniform() {
 }
 
 std::int32_t sample(const std::vector<float>& logits, const std::vector<std::int32_t>& history,
-                    const SamplingParams& params, RandomState& random) {
-    const std::vector<float> adjusted = adjusted_logits(logits, history, params);
+                    const SamplingParams& params, RandomState& random, const StreamDecoder* text) {
+    std::vector<float> adjusted = adjusted_logits(logits, history, params);
+    if (text != nullptr) text->keep_whole(&adjusted);
     const auto best = std::max_element(adjusted.begin(), adjusted.end());
     if (best == adjusted.end() || !std::isfinite(*best)) {
         throw Error(Status::invalid_argument, "no token is left to draw: all of them are banned");

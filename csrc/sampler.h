@@ -7,6 +7,8 @@
 
 namespace tinyllama {
 
+class StreamDecoder;
+
 struct SamplingParams {
     float temperature = 1.0f;          // 0: the most likely token, the lowest id on ties
     std::int32_t top_k = 0;            // keep the k most likely; 0: all
@@ -33,9 +35,11 @@ struct RandomState {
 
 // Draws a token from logits (vocab_size), all finite. Order: logit_bias, banned, penalties,
 // temperature, top-k, top-p, min-p, each on what the one before left, as transformers does.
-// `history` is the whole timeline. Throws Error(invalid_argument) when no token is left.
+// `history` is the whole timeline. With `text`, which shows what was generated so far, tokens that
+// would break a character are never drawn. Throws Error(invalid_argument) when no token is left.
 std::int32_t sample(const std::vector<float>& logits, const std::vector<std::int32_t>& history,
-                    const SamplingParams& params, RandomState& random);
+                    const SamplingParams& params, RandomState& random,
+                    const StreamDecoder* text = nullptr);
 
 // Natural logarithm of a token's probability under softmax(logits).
 double log_probability(const float* logits, std::int32_t vocab_size, std::int32_t token);

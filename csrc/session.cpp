@@ -144,12 +144,13 @@ std::vector<float> Session::logits() {
     return logits_;
 }
 
-std::pair<std::int32_t, double> Session::sample(const SamplingParams& params) {
+std::pair<std::int32_t, double> Session::sample(const SamplingParams& params,
+                                                const StreamDecoder* text) {
     const SessionLock lock(*this);
     const std::int32_t vocab_size = model_->config().vocab_size;
     validate(params, vocab_size);
     compute_missing_logits();
-    const std::int32_t token = tinyllama::sample(logits_, tokens_, params, random_);
+    const std::int32_t token = tinyllama::sample(logits_, tokens_, params, random_, text);
     return {token, log_probability(logits_.data(), vocab_size, token)};
 }
 

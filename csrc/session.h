@@ -28,8 +28,9 @@ public:
     // Logits (vocab_size) after the last token. Throws Error(invalid_argument) when there is none.
     std::vector<float> logits();
     // Draws the next token without feeding it: the token and the logarithm of its probability
-    // under the unmodified distribution.
-    std::pair<std::int32_t, double> sample(const SamplingParams& params);
+    // under the unmodified distribution. `text`: see sample() in sampler.h.
+    std::pair<std::int32_t, double> sample(const SamplingParams& params,
+                                           const StreamDecoder* text = nullptr);
     std::vector<std::pair<std::int32_t, double>> top_log_probabilities(std::int32_t n);
 
     // Keeps the first n_tokens.

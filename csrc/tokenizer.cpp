@@ -54,6 +54,7 @@ Tokenizer::Tokenizer(const GgufFile& file) {
     read_pieces(file);
     read_special(file);
     index_pieces(file);
+    index_characters();
 }
 
 void Tokenizer::read_pieces(const GgufFile& file) {
@@ -108,6 +109,16 @@ void Tokenizer::read_special(const GgufFile& file) {
     add_bos_ = read_flag(file, "tokenizer.ggml.add_bos_token", true) && bos_id_ >= 0;
     add_space_prefix_ = read_flag(file, "tokenizer.ggml.add_space_prefix", true);
     remove_extra_whitespaces_ = read_flag(file, "tokenizer.ggml.remove_extra_whitespaces", false);
+}
+
+void Tokenizer::index_characters() {
+    for (std::int32_t token = 0; token < vocab_size(); ++token) {
+        const std::string& bytes = bytes_[static_cast<std::size_t>(token)];
+        if (!begins_utf8(bytes)) breaking_.push_back(token);
+        const bool in_the_middle =
+            !bytes.empty() && (static_cast<unsigned char>(bytes[0]) & 0xc0) == 0x80;
+        if (in_the_middle) continuing_.push_back(token);
+    }
 }
 
 void Tokenizer::index_pieces(const GgufFile& file) {
@@ -390,6 +401,32 @@ std::string StreamDecoder::push(std::int32_t token) {
 }
 
 std::string StreamDecoder::finish() { return take(true); }
+
+void StreamDecoder::keep_whole(std::vector<float>* logits) const {
+    constexpr float never = -std::numeric_limits<float>::infinity();
+    const auto at = [logits](std::int32_t token) -> float& {
+        return (*logits)[static_cast<std::size_t>(token)];
+    };
+    std::vector<std::pair<std::int32_t, float>> put_back;
+    if (pending_.empty()) {
+        for (const std::int32_t token : tokenizer_->breaking()) {
+            put_back.emplace_back(token, at(token));
+            at(token) = never;
+        }
+        const auto possible = [](float logit) { return logit > never; };
+        if (std::any_of(logits->begin(), logits->end(), possible)) return;
+    } else {
+        for (const std::int32_t token : tokenizer_->continuing()) {
+            if (at(token) > never && begins_utf8(pending_ + tokenizer_->token_bytes(token))) {
+                put_back.emplace_back(token, at(token));
+            }
+        }
+        if (put_back.empty()) return;
+        std::fill(logits->begin(), logits->end(), never);
+    }
+    for (const auto& [token, logit] : put_back)
+        at(token) = logit;
+}
 
 // Whole characters from the front of what is pending; all of it when it is the last.
 std::string StreamDecoder::take(bool last) {

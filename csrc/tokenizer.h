@@ -49,6 +49,11 @@ public:
     // The bytes one token stands for, in the middle of a text.
     const std::string& token_bytes(std::int32_t token) const;
 
+    // Tokens that break a text of whole characters (bytes from the middle of one), and tokens that
+    // can follow a character cut in two.
+    const std::vector<std::int32_t>& breaking() const { return breaking_; }
+    const std::vector<std::int32_t>& continuing() const { return continuing_; }
+
 private:
     // The numbers are those of the file format.
     enum class TokenType : std::uint8_t {
@@ -65,6 +70,7 @@ private:
     void read_pieces(const GgufFile& file);
     void read_special(const GgufFile& file);
     void index_pieces(const GgufFile& file);
+    void index_characters();
     void check_token(std::int32_t token) const;
     std::size_t user_defined_length(std::string_view text) const;
     Unit next_unit(std::string_view text) const;
@@ -73,6 +79,8 @@ private:
 
     std::vector<std::string> pieces_;  // as in the file
     std::vector<std::string> bytes_;   // what each decodes to
+    std::vector<std::int32_t> breaking_;
+    std::vector<std::int32_t> continuing_;
     std::vector<float> scores_;
     std::vector<TokenType> types_;
     std::unordered_map<std::string_view, std::int32_t> ids_;  // of what text may turn into
@@ -100,6 +108,9 @@ public:
     std::string push(std::int32_t token);
     // What is left: an unfinished character becomes U+FFFD.
     std::string finish();
+    // Puts minus infinity in place of the logits (vocab_size) of tokens after which the text could
+    // not be whole characters any more. Does nothing where no other token could be drawn.
+    void keep_whole(std::vector<float>* logits) const;
 
 private:
     std::string take(bool last);

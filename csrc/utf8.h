@@ -47,6 +47,16 @@ inline bool starts_with(std::string_view text, std::string_view prefix) {
     return text.substr(0, prefix.size()) == prefix;
 }
 
+// As is_utf8, but the end may cut a character short.
+inline bool begins_utf8(std::string_view text) {
+    while (!text.empty()) {
+        const Character character = first_character(text);
+        if (character.kind == Character::malformed) return false;
+        text.remove_prefix(character.size);
+    }
+    return true;
+}
+
 // Appends `text` with every `from` replaced by `to`.
 inline void append_replaced(std::string_view text, std::string_view from, std::string_view to,
                             std::string* out) {

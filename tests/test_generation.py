@@ -44,11 +44,15 @@ def test_stream_joined_is_generate(model, seed):
 def test_greedy_is_the_likeliest_token_each_time(model):
     checkpoint = tiny_checkpoint()
     tokens = model.tokenizer.encode(PROMPT)
+    not_ascii = range(3 + 0x80, 3 + 0x100)  # of those, what may come next depends on the last
     expected = []
     while len(expected) < 20:
-        expected.append(int(forward(checkpoint, tokens + expected, dtype=np.float64)[-1].argmax()))
+        logits = forward(checkpoint, tokens + expected, dtype=np.float64)[-1]
+        logits[not_ascii] = -math.inf
+        expected.append(int(logits.argmax()))
     assert not {1, 2} & set(expected)
-    completion = model.complete(PROMPT, temperature=0, max_new_tokens=20)
+    bias = dict.fromkeys(not_ascii, -math.inf)
+    completion = model.complete(PROMPT, temperature=0, max_new_tokens=20, logit_bias=bias)
     assert list(completion.tokens) == expected
 
 
@@ -108,10 +112,37 @@ def test_a_character_cut_by_the_limit_is_left_out():
     assert list(session.generate(temperature=0)) == ["\u6c34"]  # and is not lost
 
 
-def test_a_character_the_model_leaves_unfinished_shows():
+def test_no_character_is_ever_broken(model):
+    """Where the model is all noise and most of its tokens are bytes."""
+    options = {"temperature": 1e6, "top_p": 1.0, "logit_bias": {2: -math.inf}}
+    characters = set()
+    for seed in range(200):
+        text = model.generate(PROMPT, seed=seed, **options)
+        assert "\ufffd" not in text
+        assert text == "".join(model.stream(PROMPT, seed=seed, **options))
+        characters.update(map(len, map(str.encode, text)))
+    assert characters == {1, 2, 3, 4}
+
+
+def test_a_model_that_would_leave_a_character_unfinished_has_to_go_on():
+    model = forced_model("a\u6c34".encode()[:3])  # both bytes, then the end
+    completion = model.complete(temperature=0, max_new_tokens=4)
+    assert completion.text[0] == "a"
+    assert len(completion.text) == 2
+    assert "\u6c00" <= completion.text[1] <= "\u6cff"
+
+
+def test_an_unfinished_character_shows_where_nothing_else_may_be_drawn():
     model = forced_model("a\u6c34".encode()[:3])
-    assert model.generate(temperature=0) == "a\ufffd"
-    assert "".join(model.stream(temperature=0)) == "a\ufffd"
+    middle = {3 + byte: -math.inf for byte in range(0x80, 0xC0)}
+    del middle[3 + 0xB0]  # the second byte of the character
+    assert model.generate(temperature=0, logit_bias=middle) == "a\u6c30"
+    session = model.session()
+    session.feed([1, 3 + ord("a"), 3 + 0xE6, 3 + 0xB0])
+    middle[3 + 0xB0] = -math.inf
+    start = {"temperature": 0, "max_new_tokens": 1, "logit_bias": {3 + 0xE6: 1000.0}}
+    assert list(session.generate(**start)) == []
+    assert list(session.generate(temperature=0, logit_bias={**middle, 2: 1e4})) == ["\ufffd"]
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,7 @@ class Continuation:
     def _draw(self) -> str:
         n = len(self.tokens)
         params = self._early_params if n < self._n_banned else self._params
-        token, logprob = _core.sample(self.session, params)
+        token, logprob = _core.sample(self.session, params, self._decoder)
         if token in self._ends:
             self.token, self.finish_reason = None, "stop"
             text = self._stops.push(self._decoder.finish())

@@ -30,7 +30,8 @@ class SamplingParams:
     """How text is continued. Raises ArgumentError, naming argument and value, when one is wrong.
 
     The logits of each step pass, in this order: logit_bias and banned tokens, the three penalties,
-    temperature, top_k, top_p, min_p; what is left is drawn from.
+    temperature, top_k, top_p, min_p; what is left is drawn from. Tokens that would leave a
+    character broken are never drawn.
     """
 
     max_new_tokens: int | None = _option(
