@@ -24,7 +24,7 @@ from tinyllama.errors import ConfigError, FormatError, NonFiniteError  # noqa: E
 from tinyllama.train import checkpoint as checkpoints  # noqa: E402
 from tinyllama.train.batches import TokenFolder, Windows  # noqa: E402
 from tinyllama.train.checkpoint import find_checkpoint, load_state, load_weights  # noqa: E402
-from tinyllama.train.model import Llama  # noqa: E402
+from tinyllama.train.model import Llama, drop  # noqa: E402
 from tinyllama.train.recipe import Recipe  # noqa: E402
 from tinyllama.train.trainer import Trainer, make_optimizers  # noqa: E402
 from tinyllama.train.validate import validate  # noqa: E402
@@ -364,3 +364,17 @@ def test_a_damaged_token_folder_is_refused(tokens: Path, tmp_path: Path) -> None
     (tmp_path / "manifest.json").write_text('{"format": "tinyllama-tokens", "version": 1}')
     with pytest.raises(FormatError, match=r"manifest\.json.*'dtype'"):
         TokenFolder(tmp_path)
+
+
+@pytest.mark.parametrize(("dropout", "lost"), [(0.1, 26), (0.001, 1), (0.5, 128)])
+@pytest.mark.parametrize("shape", [(3, 7, 1001), (64, 512)])
+def test_dropout_loses_its_share_and_keeps_the_mean(
+    dropout: float, lost: int, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(5)
+    dropped = drop(torch.ones(shape, requires_grad=True), dropout, training=True)
+    assert set(dropped.unique().tolist()) == {0.0, np.float32(256 / (256 - lost))}
+    share, n = (dropped == 0).float().mean().item(), dropped.numel()
+    assert abs(share - lost / 256) < 5 * (lost / 256 / n) ** 0.5
+    assert not torch.equal(dropped, drop(torch.ones(shape), dropout, training=True))
+    assert torch.equal(drop(dropped, dropout, training=False), dropped)

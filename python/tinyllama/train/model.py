@@ -51,14 +51,14 @@ class Layer(nn.Module):
         h = rms_norm(x, self.attn_norm, eps)
         tap("attn_norm", h)
         h = F.linear(self._attention(h, cos, sin, tap), self.wo)
-        x = x + F.dropout(h, self.dropout, self.training)
+        x = x + drop(h, self.dropout, self.training)
         tap("attn_out", x)
         h = rms_norm(x, self.ffn_norm, eps)
         tap("ffn_norm", h)
         h = F.silu(F.linear(h, self.w_gate)) * F.linear(h, self.w_up)
         tap("ffn_hidden", h)
         h = F.linear(h, self.w_down)
-        x = x + F.dropout(h, self.dropout, self.training)
+        x = x + drop(h, self.dropout, self.training)
         tap("ffn_out", x)
         return x
 
@@ -75,7 +75,7 @@ class Layer(nn.Module):
         group = config.n_heads // config.n_kv_heads  # query heads that share a key head
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
-        mixed = mix_heads(q, k, v, self.dropout if self.training else 0.0)
+        mixed = mix_heads(q, k, v)
         mixed = mixed.transpose(1, 2).reshape(batch, n_tokens, -1)
         tap("attn", mixed)
         return mixed
@@ -84,8 +84,8 @@ class Layer(nn.Module):
 class Llama(nn.Module):
     """A Llama for training. Its state_dict has the names and shapes of ``Config.tensor_shapes()``.
 
-    ``dropout`` acts on attention weights, on both branches that are added to the residual stream,
-    and on the embedding, in training mode only. Weights start normal with deviation 0.02, those
+    ``dropout`` acts on the embedding and on both branches that are added to the residual stream,
+    in training mode only; see :func:`drop`. Weights start normal with deviation 0.02, those
     that write to the residual stream divided by sqrt(2 n_layers) (GPT-2, llama2.c).
     """
 
@@ -127,7 +127,7 @@ class Llama(nn.Module):
         cos, sin = self.cos[:n_tokens], self.sin[:n_tokens]
         x = F.embedding(tokens, self.tok_embed)
         tap("tok_embed", x)
-        x = F.dropout(x, self.dropout, self.training)
+        x = drop(x, self.dropout, self.training)
         for i, layer in enumerate(self.layers):
             x = layer(x, cos, sin, lambda stage, value, i=i: tap(f"layers.{i}.{stage}", value))
         x = rms_norm(x, self.final_norm, self.config.norm_eps)
@@ -143,6 +143,21 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
 
 
+def drop(x: Tensor, dropout: float, training: bool) -> Tensor:
+    """Dropout (Srivastava et al. 2014) of a share rounded to 256ths, 1/256 at least.
+
+    A random byte decides for each number, eight from one draw: on a CPU, a draw per number, as in
+    torch's own, would cost more than the rest of the layer. For the same reason the weights of
+    attention, far more numbers than the stream has, are left alone.
+    """
+    if not training or dropout == 0.0:
+        return x
+    lost = max(1, round(dropout * 256))
+    draws = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,), device=x.device)
+    kept = draws.view(torch.uint8)[: x.numel()].view(x.shape) >= lost
+    return torch.where(kept, x * (256 / (256 - lost)), 0.0)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[2i], x[2i+1]) of a head by its position's angle.
 
@@ -154,19 +169,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def mix_heads(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def mix_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal softmax attention over (batch, heads, n_tokens, head_dim).
 
     On a CPU, plain matrix products train faster than the fused kernel at these small sizes;
     elsewhere the fused kernel saves the memory of the scores.
     """
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     n_tokens = q.shape[2]
     scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[3])
     future = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=q.device).triu(1)
-    weights = scores.masked_fill(future, -math.inf).softmax(-1)
-    return F.dropout(weights, dropout, dropout > 0.0).to(v.dtype) @ v
+    return scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v
 
 
 def _ignore(stage: str, value: Tensor) -> None:
