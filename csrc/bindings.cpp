@@ -163,7 +163,7 @@ py::dict config_dict(const Model& model) {
     const Config& c = model.config();
     py::dict result;
     result["dim"] = c.dim;
-    result["hidden_dim"] = c.hidden_dim;
+    result["hidden_dim"] = c.hidden_units;
     result["n_layers"] = c.n_layers;
     result["n_heads"] = c.n_heads;
     result["n_kv_heads"] = c.n_kv_heads;

@@ -163,6 +163,8 @@ Config read_fields(const GgufFile& file) {
     Config config;
     config.dim = read_int32(file, "llama.embedding_length");
     config.hidden_dim = read_int32(file, "llama.feed_forward_length");
+    const char* unpadded = "tinyllama.hidden_dim";
+    config.hidden_units = file.has(unpadded) ? read_int32(file, unpadded) : config.hidden_dim;
     config.n_layers = read_int32(file, "llama.block_count");
     config.n_heads = read_int32(file, "llama.attention.head_count");
     config.max_seq_len = read_int32(file, "llama.context_length");
@@ -198,6 +200,7 @@ Config read_config(const GgufFile& file) {
 void validate(const Config& config) {
     check_range("dim", config.dim, max_width);
     check_range("hidden_dim", config.hidden_dim, max_hidden_dim);
+    check_range("tinyllama.hidden_dim", config.hidden_units, config.hidden_dim);
     check_range("n_layers", config.n_layers, max_layers);
     check_range("n_heads", config.n_heads, max_width);
     check_range("n_kv_heads", config.n_kv_heads, max_width);

@@ -10,7 +10,8 @@ class GgufFile;
 
 struct Config {
     std::int32_t dim = 0;
-    std::int32_t hidden_dim = 0;  // as stored: it may include units padded with zeros
+    std::int32_t hidden_dim = 0;    // as stored
+    std::int32_t hidden_units = 0;  // without the units of zeros that pad it to whole blocks
     std::int32_t n_layers = 0;
     std::int32_t n_heads = 0;
     std::int32_t n_kv_heads = 0;

@@ -122,8 +122,9 @@ private:
         }
         check_finite(*tensor);
         taken_.insert(name);
-        weights_->n_bytes += tensor->bytes.size;
-        weights_->n_parameters += tensor->rows * tensor->cols;
+        const std::uint64_t n_values = tensor->rows * tensor->cols;
+        weights_->n_bytes += tensor->dtype == DType::f16 ? 4 * n_values : tensor->bytes.size;
+        weights_->n_parameters += n_values;
         return *tensor;
     }
 
@@ -196,6 +197,8 @@ Weights::Weights(const GgufFile& file, const Config& config, int n_threads) {
         layers.push_back(w);
     }
     final_norm = reader.vector("output_norm.weight", config.dim);
+    const std::int64_t padding = config.hidden_dim - config.hidden_units;
+    n_parameters -= static_cast<std::uint64_t>(3 * padding * config.dim * config.n_layers);
     lm_head = config.tie_embeddings ? tok_embed
                                     : reader.matrix("output.weight", config.vocab_size, config.dim);
     reader.finish();

@@ -40,8 +40,8 @@ public:
     const float* final_norm = nullptr;  // (dim)
     Matrix lm_head;                     // (vocab_size, dim); tok_embed where tied
 
-    std::uint64_t n_bytes = 0;       // of all weights, a tied matrix once
-    std::uint64_t n_parameters = 0;  // padding included
+    std::uint64_t n_bytes = 0;       // of all weights in memory, a tied matrix once
+    std::uint64_t n_parameters = 0;  // without padding
 
 private:
     friend class WeightReader;

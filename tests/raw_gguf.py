@@ -107,7 +107,9 @@ def small_llama(**changes: Any) -> RawGguf:
     pieces = ["<unk>", "<s>", "</s>", "\u2581", "a", "\u2581a"]
     metadata |= tokenizer_metadata(pieces, [2, 3, 3, 1, 1, 1])
     for name, entry in changes.items():
-        matches = [key for key in metadata if key.endswith("." + name)] or [f"llama.{name}"]
+        matches = [key for key in metadata if key.endswith("." + name)] or [
+            name if name.startswith("tinyllama.") else f"llama.{name}"
+        ]
         metadata.pop(matches[0], None)
         if entry is not None:
             metadata[matches[0]] = entry

@@ -232,5 +232,12 @@ def test_help_shows_every_option():
         assert "sampling" not in shown
 
 
+def test_an_unknown_option_names_the_nearest():
+    model = tiny_model()
+    for call in (model.generate, model.complete, model.stream, model.session().generate):
+        with pytest.raises(TypeError, match="unknown option 'temprature'; did you mean 'temperat"):
+            call(temprature=1.0)
+
+
 def test_core_version_is_the_packages():
     assert tinyllama.__version__ == _core.__version__

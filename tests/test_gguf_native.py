@@ -350,6 +350,7 @@ def int32(number: int) -> tuple[int, int]:
         ({"block_count": int32(0)}, ConfigError, "llama.block_count is 0"),
         ({"block_count": int32(2**31 - 1)}, ConfigError, "llama.block_count is 2147483647"),
         ({"feed_forward_length": int32(0)}, ConfigError, "hidden_dim is 0"),
+        ({"tinyllama.hidden_dim": int32(7)}, ConfigError, r"tinyllama\.hidden_dim is 7"),
         ({"context_length": int32(-1)}, ConfigError, "max_seq_len is -1"),
         ({"attention.head_count": int32(0)}, ConfigError, "llama.attention.head_count is 0"),
         (

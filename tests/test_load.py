@@ -40,6 +40,17 @@ def test_load_converts_to_a_dtype(dtype):
     assert model.config == tiny_checkpoint().config
 
 
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+def test_info_tells_of_the_model_not_of_its_file(dtype):
+    """Zero units that pad hidden_dim to whole blocks do not count; f16 is f32 in memory."""
+    checkpoint = tiny_checkpoint(hidden_dim=37, tie_embeddings=False)
+    model = tinyllama.load(gguf_bytes(checkpoint, dtype))
+    assert model.config == checkpoint.config
+    assert model.info()["parameters"] == checkpoint.config.n_parameters
+    if dtype in ("f32", "f16"):
+        assert model.info()["bytes"] == 4 * checkpoint.config.n_parameters
+
+
 def test_a_shorter_context():
     model = tinyllama.load(gguf_bytes(tiny_checkpoint()), max_seq_len=10)
     assert model.config.max_seq_len == 10

@@ -131,3 +131,11 @@ def test_penalties_count_from_where_a_session_goes_on(model):
 def test_options_that_are_not_a_sessions(model, option):
     with pytest.raises(ArgumentError, match=next(iter(option))):
         model.session().generate(**option)
+
+
+def test_a_session_shows_its_length_and_room():
+    session = tiny_model().session()
+    session.feed([1, 5, 6])
+    assert (session.n_tokens, session.room) == (3, 61)
+    assert repr(session) == "<tinyllama.Session: 3 tokens, room for 61>"
+    assert repr(session.model.tokenizer) == "<tinyllama.Tokenizer: 300 tokens>"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from inspect import Parameter, signature
 from typing import Any, TypeAlias, TypeVar
 
@@ -31,6 +32,16 @@ def takes_sampling(function: _F) -> _F:
     ]
     function.__signature__ = shown.replace(parameters=own + options)  # type: ignore[attr-defined]
     return function
+
+
+def check_names(sampling: dict[str, Any]) -> None:
+    """Raise TypeError, as Python does for any function, for an option that does not exist."""
+    known = [f.name for f in fields(SamplingParams)]
+    for name in sampling:
+        if name not in known:
+            close = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise TypeError(f"unknown option {name!r}{hint}")
 
 
 def checked_seed(seed: int | None) -> int:

@@ -15,6 +15,7 @@ from . import _core
 from .arguments import (
     Prompt,
     Tokens,
+    check_names,
     checked_seed,
     checked_text,
     checked_tokens,
@@ -43,6 +44,9 @@ class Tokenizer:
         self.bos_id = None if core.bos_id < 0 else core.bos_id
         self.eos_id = None if core.eos_id < 0 else core.eos_id
         self.unk_id = None if core.unk_id < 0 else core.unk_id
+
+    def __repr__(self) -> str:
+        return f"<tinyllama.Tokenizer: {self.vocab_size:,} tokens>"
 
     def encode(self, text: str, bos: bool = True, eos: bool = False) -> list[int]:
         """Token ids of a text. ``bos`` and ``eos`` put the marks around it that the vocabulary has.
@@ -193,6 +197,7 @@ class Model:
     def _options(self, params: SamplingParams | None, sampling: dict[str, Any]) -> SamplingParams:
         if params is not None and not isinstance(params, SamplingParams):
             raise ArgumentError(f"params is {params!r}; it must be SamplingParams")
+        check_names(sampling)
         options = SamplingParams(**sampling) if params is None else replace(params, **sampling)
         options.for_core(self.tokenizer.vocab_size)  # complains about logit_bias before any work
         return options

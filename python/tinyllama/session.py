@@ -31,6 +31,19 @@ class Session:
         self._core = core
         self._decoder: _core.StreamDecoder | None = None  # holds bytes of a character cut in two
 
+    def __repr__(self) -> str:
+        return f"<tinyllama.Session: {self.n_tokens} tokens, room for {self.room}>"
+
+    @property
+    def n_tokens(self) -> int:
+        """How many tokens the timeline has."""
+        return self._core.n_tokens
+
+    @property
+    def room(self) -> int:
+        """How many more fit into the context."""
+        return self.model.config.max_seq_len - self.n_tokens
+
     @property
     def tokens(self) -> list[int]:
         """Every token of the timeline, fed and generated; an end token the model drew is not in."""
