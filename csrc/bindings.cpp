@@ -149,14 +149,14 @@ py::array gguf_tensor_bytes(const std::shared_ptr<GgufReader>& reader, const std
 
 std::shared_ptr<const Model> open_model(const py::object& path, const py::object& data,
                                         std::string name, int n_threads, const std::string& isa,
-                                        std::int32_t max_seq_len) {
+                                        const std::string& kv_dtype, std::int32_t max_seq_len) {
     if (path.is_none() == data.is_none()) {
         throw Error(Status::invalid_argument, "give either path or data");
     }
     if (name.empty()) name = path.is_none() ? "model" : path.cast<std::string>();
-    FileBytes bytes = open_bytes(path, data);
+    const FileBytes bytes = open_bytes(path, data);
     const py::gil_scoped_release release;
-    return Model::open(std::move(bytes), name, {n_threads, isa, max_seq_len});
+    return Model::open(bytes, name, {n_threads, isa, kv_dtype, max_seq_len});
 }
 
 py::dict config_dict(const Model& model) {
@@ -178,17 +178,16 @@ py::dict config_dict(const Model& model) {
 }
 
 py::dict info_dict(const Model& model) {
-    const Config& c = model.config();
     py::dict result;
     result["path"] = model.name();
-    result["dtype"] = dtype_name(model.weights().lm_head.dtype);
+    result["dtype"] = dtype_name(model.weights().layers.front().wq.dtype);
     result["isa"] = model.kernels().name;
     result["n_threads"] = model.n_threads();
     result["openmp"] = has_openmp();
     result["parameters"] = model.weights().n_parameters;
     result["bytes"] = model.weights().n_bytes;
-    result["kv_bytes_per_token"] =
-        2 * static_cast<std::int64_t>(sizeof(float)) * c.n_layers * c.kv_dim();
+    result["kv_dtype"] = kv_type_name(model.kv_layout().type);
+    result["kv_bytes_per_token"] = model.kv_layout().bytes_per_position();
     return result;
 }
 
@@ -376,7 +375,8 @@ void bind_model(py::module_& m) {
                      open_model(path, data, name, n_threads, isa, max_seq_len));
              }),
              py::arg("path") = py::none(), py::arg("data") = py::none(), py::arg("name") = "",
-             py::arg("n_threads") = 0, py::arg("isa") = "", py::arg("max_seq_len") = 0)
+             py::arg("n_threads") = 0, py::arg("isa") = "", py::arg("kv_dtype") = "",
+             py::arg("max_seq_len") = 0)
         .def_property_readonly("tokenizer", &Model::tokenizer,
                                py::return_value_policy::reference_internal)
         .def_property_readonly("config", &config_dict)

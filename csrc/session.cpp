@@ -124,9 +124,7 @@ private:
 };
 
 Session::Session(std::shared_ptr<const Model> model, std::uint64_t seed)
-    : model_(std::move(model)),
-      cache_(model_->config().n_layers, model_->config().kv_dim()),
-      random_{seed, 0} {}
+    : model_(std::move(model)), cache_(model_->kv_layout()), random_{seed, 0} {}
 
 std::vector<std::int32_t> Session::tokens() {
     const SessionLock lock(*this);
@@ -169,6 +167,7 @@ void Session::compute_missing_logits() {
     logits_.resize(static_cast<std::size_t>(model_->config().vocab_size));
     BorrowedWorkspace workspace(*model_);
     const auto pos = static_cast<std::int32_t>(tokens_.size()) - 1;
+    cache_.reserve(pos, pos + 1);
     forward(*model_, {Row{&cache_, pos, tokens_.back(), logits_.data()}}, *workspace);
     check_finite(*model_, logits_.data(), pos);
     logits_valid_ = true;
@@ -190,7 +189,7 @@ std::unique_ptr<Session> Session::fork(std::uint64_t seed) {
     const SessionLock lock(*this);
     auto copy = std::make_unique<Session>(model_, seed);
     copy->tokens_ = tokens_;
-    copy->cache_ = cache_;
+    copy->cache_ = cache_.share(static_cast<std::int32_t>(tokens_.size()));
     copy->logits_ = logits_;
     copy->logits_valid_ = logits_valid_;
     return copy;
@@ -215,8 +214,8 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
         Session& session = *feed.session;
         if (feed.tokens.empty()) continue;
         const std::size_t n_before = session.tokens_.size();
-        session.cache_.reserve(static_cast<std::int32_t>(n_before + feed.tokens.size()),
-                               model.config().max_seq_len);
+        session.cache_.reserve(static_cast<std::int32_t>(n_before),
+                               static_cast<std::int32_t>(n_before + feed.tokens.size()));
         session.logits_.resize(vocab_size);
         session.tokens_.reserve(n_before + feed.tokens.size());
         for (std::size_t i = 0; i < feed.tokens.size(); ++i) {

@@ -35,9 +35,9 @@ struct Panels {
 // Activations for q8_0 and q4_0: row t has int8 at q + t * stride (stride: cols rounded up to 64),
 // and for each block of 32 at t * (cols / 32) a scale and the sum of its q: x ~ scale * q.
 struct ActsQ8 {
-    int8_t* q;
-    float* scales;
-    int32_t* sums;
+    const int8_t* q;
+    const float* scales;
+    const int32_t* sums;
     int64_t stride;
 };
 

@@ -68,6 +68,7 @@ class Model:
         name: str = ...,
         n_threads: int = ...,  # 0: as many as physical cores allowed to the process
         isa: str = ...,  # "": the environment variable TINYLLAMA_ISA, else the best
+        kv_dtype: str = ...,  # "": f32
         max_seq_len: int = ...,  # 0: the file's
     ) -> None: ...
     @property
