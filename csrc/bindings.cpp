@@ -5,12 +5,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "kernels/cpu.h"
+#include "kv_cache.h"
 #include "model.h"
 #include "parallel.h"
 #include "session.h"
@@ -316,6 +318,40 @@ py::array_t<float> kernel_unary(const std::string& isa, const std::string& name,
     return out;
 }
 
+// Attention of one key head over positions stored one by one: every other byte of the cache, of this
+// head and of its neighbours, is 0xff, which as a float and as a scale is NaN.
+py::array_t<float> kernel_attend(const std::string& isa, const std::string& kv_dtype,
+                                 const Array<float>& q, const Array<std::int32_t>& n_positions,
+                                 const Array<float>& k, const Array<float>& v) {
+    const KernelTable& kernels = kernels_named(isa);
+    require(q.ndim() == 2 && n_positions.ndim() == 1 && n_positions.size() == q.shape(0),
+            "q must be (n_queries, head_dim), n_positions (n_queries,)");
+    require(k.ndim() == 2 && k.shape(1) == q.shape(1) && v.ndim() == 2 && v.size() == k.size() &&
+                v.shape(1) == k.shape(1),
+            "k and v must be (positions, head_dim)");
+    const std::int64_t n = q.shape(0), head_dim = q.shape(1), n_stored = k.shape(0);
+    KvCache cache({2, 3, head_dim, find_kv_type(kv_dtype)});
+    cache.reserve(0, static_cast<std::int32_t>(n_stored));
+    const KvHead head = cache.head(1, 1);
+    for (std::int64_t block = 0; block * kv_block < n_stored; ++block) {
+        std::memset(head.blocks[block], 0xff,
+                    static_cast<std::size_t>(cache.layout().block_bytes()));
+    }
+    for (std::int64_t pos = 0; pos < n_stored; ++pos)
+        kernels.store_kv(head, pos, k.data() + pos * head_dim, v.data() + pos * head_dim);
+    py::array_t<float> out({n, head_dim});
+    std::vector<float*> outs;
+    std::vector<const float*> queries;
+    for (std::int64_t i = 0; i < n; ++i) {
+        const std::int32_t seen = n_positions.data()[i];
+        require(1 <= seen && seen <= n_stored, "n_positions must lie in [1, positions]");
+        outs.push_back(out.mutable_data() + i * head_dim);
+        queries.push_back(q.data() + i * head_dim);
+    }
+    kernels.attend(outs.data(), queries.data(), n_positions.data(), n, head);
+    return out;
+}
+
 void bind_text(py::module_& m) {
     py::class_<GgufReader, std::shared_ptr<GgufReader>>(m, "GgufReader")
         .def(py::init(&open_gguf), py::arg("data") = py::none(), py::arg("path") = py::none(),
@@ -437,6 +473,8 @@ PYBIND11_MODULE(_core, m) {
     m.def("kernel_matmul", &kernel_matmul, py::arg("isa"), py::arg("dtype"), py::arg("weights"),
           py::arg("rows"), py::arg("cols"), py::arg("x"), py::arg("begin") = 0,
           py::arg("end") = -1);
+    m.def("kernel_attend", &kernel_attend, py::arg("isa"), py::arg("kv_dtype"), py::arg("q"),
+          py::arg("n_positions"), py::arg("k"), py::arg("v"));
     m.def("kernel_unary", &kernel_unary, py::arg("isa"), py::arg("name"), py::kw_only(),
           py::arg("scalar") = 0.0f);
 }

@@ -138,6 +138,17 @@ def kernel_matmul(
 ) -> npt.NDArray[np.float32]:
     """One kernel on its own, for tests: x (n_tokens, cols) -> (n_tokens, rows)."""
 
+def kernel_attend(
+    isa: str,
+    kv_dtype: str,
+    q: npt.NDArray[np.float32],
+    n_positions: npt.NDArray[np.int32],
+    k: npt.NDArray[np.float32],
+    v: npt.NDArray[np.float32],
+) -> npt.NDArray[np.float32]:
+    """Attention of one key head, for tests: query i of q (n_queries, head_dim) looks at the first
+    n_positions[i] of k and v (positions, head_dim), stored in a cache full of NaN."""
+
 def kernel_unary(
     isa: str, name: str, *arrays: npt.NDArray[np.float32], scalar: float = ...
 ) -> npt.NDArray[np.float32]:
