@@ -104,4 +104,17 @@ struct KernelTable {
                    int64_t n_queries, const KvHead& head);
 };
 
+// The sets that are compiled in, each defined by the file of its name.
+extern const KernelTable kernels_generic;
+#ifdef __x86_64__
+extern const KernelTable kernels_avx2;
+extern const KernelTable kernels_avxvnni;
+extern const KernelTable kernels_avx512;
+extern const KernelTable kernels_avx512vnni;
+#endif
+#ifdef __aarch64__
+extern const KernelTable kernels_neon;
+extern const KernelTable kernels_neondotprod;
+#endif
+
 }  // namespace tinyllama
