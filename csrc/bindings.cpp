@@ -448,6 +448,8 @@ void bind_model(py::module_& m) {
         },
         py::arg("session"), py::arg("params"), py::arg("text") = nullptr,
         py::call_guard<py::gil_scoped_release>());
+    m.def("logprob", &Session::log_probability, py::arg("session"), py::arg("token"),
+          py::call_guard<py::gil_scoped_release>());
     m.def("top_logprobs", &Session::top_log_probabilities, py::arg("session"), py::arg("n"),
           py::call_guard<py::gil_scoped_release>());
     m.def("score", &score_tokens, py::arg("session"), py::arg("tokens"));

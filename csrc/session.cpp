@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <utility>
@@ -49,6 +50,13 @@ private:
 
 void check_finite(const Model& model, const float* logits, std::int32_t pos) {
     const std::int32_t vocab_size = model.config().vocab_size;
+    std::uint32_t seen = 0;  // bit 31: of some logit the exponent is all ones
+    for (std::int32_t i = 0; i < vocab_size; ++i) {
+        std::uint32_t bits;
+        std::memcpy(&bits, logits + i, sizeof(bits));
+        seen |= (bits & 0x7fffffffu) + 0x00800000u;
+    }
+    if (seen < 0x80000000u) return;
     for (std::int32_t i = 0; i < vocab_size; ++i) {
         if (std::isfinite(logits[i])) continue;
         throw Error(Status::nonfinite, model.name() + ": the logit of token " + std::to_string(i) +
@@ -142,14 +150,23 @@ std::vector<float> Session::logits() {
     return logits_;
 }
 
-std::pair<std::int32_t, double> Session::sample(const SamplingParams& params,
-                                                const StreamDecoder* text) {
+std::int32_t Session::sample(const SamplingParams& params, const StreamDecoder* text) {
+    const SessionLock lock(*this);
+    validate(params, model_->config().vocab_size);
+    compute_missing_logits();
+    return tinyllama::sample(logits_, tokens_, params, random_, text);
+}
+
+double Session::log_probability(std::int32_t token) {
     const SessionLock lock(*this);
     const std::int32_t vocab_size = model_->config().vocab_size;
-    validate(params, vocab_size);
+    if (token < 0 || token >= vocab_size) {
+        throw Error(Status::invalid_argument, "token " + std::to_string(token) +
+                                                  " is outside the " + std::to_string(vocab_size) +
+                                                  " tokens");
+    }
     compute_missing_logits();
-    const std::int32_t token = tinyllama::sample(logits_, tokens_, params, random_, text);
-    return {token, log_probability(logits_.data(), vocab_size, token)};
+    return tinyllama::log_probability(logits_.data(), vocab_size, token);
 }
 
 std::vector<std::pair<std::int32_t, double>> Session::top_log_probabilities(std::int32_t n) {

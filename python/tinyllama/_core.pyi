@@ -107,12 +107,14 @@ def forward(
     context full (ContextFullError), a session twice or of another model (ArgumentError), busy
     (BusyError)."""
 
-def sample(
-    session: Session, params: SamplingParams, text: StreamDecoder | None = ...
-) -> tuple[int, float]:
-    """Draw the next token from the session's logits: (token, natural log of its probability under
-    the model's unmodified distribution). With ``text``, what was generated so far, tokens that
-    would break a character are not drawn. The session does not move: feed it with forward()."""
+def sample(session: Session, params: SamplingParams, text: StreamDecoder | None = ...) -> int:
+    """Draw the next token from the session's logits. With ``text``, what was generated so far,
+    tokens that would break a character are not drawn. The session does not move: feed it with
+    forward()."""
+
+def logprob(session: Session, token: int) -> float:
+    """Natural log of the probability of ``token`` as the next one, under the model's unmodified
+    distribution."""
 
 def top_logprobs(session: Session, n: int) -> list[tuple[int, float]]:
     """The n most likely next tokens under the unmodified distribution, best first."""
