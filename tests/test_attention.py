@@ -38,7 +38,9 @@ def as_stored(x: F32, kv_dtype: str) -> npt.NDArray[np.float64]:
     return np.round(x * (np.float32(1) / scale)).astype(np.float64) * scale
 
 
-def exact(q: F32, k: npt.NDArray[np.float64], v: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+def exact(
+    q: F32, k: npt.NDArray[np.float64], v: npt.NDArray[np.float64]
+) -> npt.NDArray[np.float64]:
     scores = k @ q.astype(np.float64) / np.sqrt(len(q))
     weights = np.exp(scores - scores.max())
     return weights @ v / weights.sum()
