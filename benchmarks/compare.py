@@ -1,0 +1,446 @@
+"""Measure tinyllama beside its peers on the same weights, and beside what the machine can do.
+
+Every engine runs in a process of its own, stopped while others are measured. In each round every
+engine has its turn, in shuffled order, and the ceiling is measured too; ratios are taken within a
+round, and medians over the rounds. Weights are random and seeded, decoding is greedy, no text ends
+early. Engines that are not installed are left out, and named.
+
+cases
+  decode    one stream after a prompt of 5 tokens; median and 99th percentile per token
+  prompt    prompts of 200 and 512 tokens to the first new token
+  streams   8, 32 and 64 texts at once, 5 + 64 tokens each
+  growth    time per token around position 700 over that around 10, with each kind of our cache
+  sampling  time per token with top_p = 0.9 at temperature 1 over greedy
+  cold      process start to first token, import and load, peak memory
+  avx2      decode, ours held down to AVX2, beside llama.cpp built so
+            (LLAMA_CPP_AVX2_PYTHON=/path/to/a/python that has such a llama-cpp-python)
+
+llama2.c takes part where LLAMA2C_RUN=/path/to/run names it; runq is looked for beside it.
+Results join those in the JSON file, so that one report can come from several runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ceiling
+import report
+from models import ALL, MODELS, Files, prompt
+
+from tinyllama.loading import bundled_model
+
+HERE = Path(__file__).parent
+CASES = ("decode", "prompt", "streams", "growth", "sampling", "cold", "avx2")
+EXAMPLES = """\
+examples
+  python benchmarks/compare.py --cache /tmp/models          (everything: hours)
+  python benchmarks/compare.py --cache /tmp/models --models stories15m \\
+      --engines tinyllama,llama.cpp --cases decode --threads 1       (two minutes)
+  python benchmarks/compare.py --report           (docs/performance.md from the JSON file alone)
+"""
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """An engine with one kind of weights. ``kind``: those of ours with as many bits; ``options``:
+    what the worker is told about the weights; ``only``: the one case it takes part in."""
+
+    engine: str
+    file: str
+    kind: str
+    options: str = ""
+    only: str = ""
+    python: str = sys.executable
+
+    @property
+    def label(self) -> str:
+        return self.file + self.options
+
+    def takes_part(self, case: str) -> bool:
+        if case == "avx2":
+            return self.only == "avx2" or (self.engine == "tinyllama" and not self.only)
+        return self.only in ("", case)
+
+
+def entrants() -> list[Entrant]:
+    everybody = [Entrant("tinyllama", kind, kind) for kind in ALL]
+    for kind in ALL:
+        for cache in ("bf16", "int8"):
+            everybody.append(Entrant("tinyllama", kind, kind, f",kv_dtype={cache}", "growth"))
+        everybody.append(Entrant("tinyllama", kind, kind, ",isa=avx2", "avx2"))
+        python = os.environ.get("LLAMA_CPP_AVX2_PYTHON")
+        if python:
+            everybody.append(Entrant("llama.cpp", kind, kind, ",avx2", "avx2", python))
+    peers = {
+        "llama.cpp": {kind: kind for kind in ALL} | {"f16": "bf16"},
+        "ctranslate2": {"float32": "f32", "int8": "q8_0"},
+        "openvino": {"fp32": "f32", "fp32@bf16": "bf16", "int8": "q8_0", "int4": "q4_0"},
+        "onnxruntime": {"fp32": "f32", "int4": "q4_0"},
+        "transformers": {"float32": "f32", "bfloat16": "bf16"},
+    }
+    if "LLAMA2C_RUN" in os.environ:
+        peers["llama2.c"] = {"f32": "f32", "q8_0": "q8_0"}
+    for engine, kinds in peers.items():
+        for file, kind in kinds.items():
+            file, at, hint = file.partition("@")
+            everybody.append(Entrant(engine, file, kind, at + hint))
+    return everybody
+
+
+class Worker:
+    """An entrant's process, which sleeps unless it is asked something."""
+
+    def __init__(self, entrant: Entrant, path: Path, n_threads: int) -> None:
+        self.entrant = entrant
+        self.started = time.perf_counter()
+        command = [entrant.python, HERE / "engines.py", entrant.engine, path, entrant.label]
+        self._process = subprocess.Popen(
+            [*command, str(n_threads)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        self.facts = self._answer()
+
+    def ask(self, what: str, **order: Any) -> Any:
+        """Raises RuntimeError with what the engine said when it cannot, or has died."""
+        self._process.send_signal(signal.SIGCONT)
+        assert self._process.stdin
+        try:
+            print(json.dumps({"do": what} | order), file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            raise RuntimeError("its process has ended") from None
+        return self._answer()["result"]
+
+    def rest(self) -> None:
+        self._process.send_signal(signal.SIGSTOP)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"its process ended with {self._process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer
+
+
+class Measurement:
+    """One model on one number of threads."""
+
+    def __init__(self, args: argparse.Namespace, name: str, n_threads: int) -> None:
+        self.args, self.name, self.n_threads = args, name, n_threads
+        self.files = Files(args.cache, name)
+        self.probe = ceiling.Probe(args.cache)
+        self.results: list[dict[str, Any]] = []
+        self.left_out: dict[str, str] = {}
+        self.versions: dict[str, str] = {}
+        self._seed = 0
+
+    def entrants(self, case: str) -> list[Entrant]:
+        """Who takes part: the named engines with the named (or the model's) kinds of weights."""
+        kinds = self.args.formats or (MODELS[self.name].formats if self.name in MODELS else ALL)
+        return [
+            one
+            for one in entrants()
+            if one.engine in self.args.engines and one.kind in kinds and one.takes_part(case)
+        ]
+
+    def path(self, entrant: Entrant) -> Path:
+        if self.name == "shipped":
+            return bundled_model()
+        return self.files.path(entrant.engine, entrant.file)
+
+    def run(self, cases: list[str]) -> None:
+        if self.name == "shipped":
+            cases = [case for case in cases if case == "cold"]
+        elif MODELS[self.name].config.max_seq_len < 708:
+            cases = [case for case in cases if case != "growth"]
+        everybody = list(dict.fromkeys(one for case in cases for one in self.entrants(case)))
+        if self.name == "shipped":
+            everybody = [Entrant("tinyllama", "q8_0", "q8_0")]
+        for one in list(everybody):
+            try:
+                self.path(one)
+            except Exception as error:
+                self._leave_out(one, error)
+                everybody.remove(one)
+        self.files.forget()
+        if "cold" in cases:
+            self._cold([one for one in everybody if not one.only])
+        if set(cases) - {"cold"}:
+            workers = self._open(everybody)
+            try:
+                for case in cases:
+                    mine = [w for w in workers if w.entrant in self.entrants(case)]
+                    self._case(case, mine)
+            finally:
+                for worker in workers:
+                    worker.close()
+
+    def _open(self, everybody: list[Entrant]) -> list[Worker]:
+        workers = []
+        for one in everybody:
+            try:
+                worker = Worker(one, self.path(one), self.n_threads)
+                self.versions[one.engine] = worker.facts["version"]
+                worker.rest()
+                workers.append(worker)
+            except RuntimeError as error:
+                self._leave_out(one, error)
+        return workers
+
+    def _case(self, case: str, workers: list[Worker]) -> None:
+        config, n_new = MODELS[self.name].config, MODELS[self.name].n_new
+        room = config.max_seq_len
+        if case in ("decode", "avx2"):
+            self._rounds(case, workers, lambda w: self._decode(w, n_new), ceiling.decode)
+        elif case == "prompt":
+            for n in (200, 512):
+                if n < room:
+                    self._rounds(f"prompt {n}", workers, self._prompt(n), ceiling.prompt, n)
+        elif case == "streams":
+            for n in (8, 32, 64):
+                self._rounds(f"streams {n}", workers, self._streams(n), ceiling.decode, n)
+        elif case == "sampling":
+            self._rounds(case, workers, lambda w: self._sampling(w, min(n_new, 64)))
+        elif case == "growth":
+            self._rounds(case, workers, self._growth)
+
+    # Each measures one worker once: a dict with "value", the figure that is compared, and others.
+
+    def _decode(self, worker: Worker, n: int) -> dict[str, Any]:
+        seconds = worker.ask("tokens", prompt=self._prompt_of(5), n=n, sampled=False)
+        return {"value": n / sum(seconds), "token_s": seconds}
+
+    def _prompt(self, n: int) -> Any:
+        return lambda w: {"value": n / w.ask("first_token", prompt=self._prompt_of(n))}
+
+    def _streams(self, n: int) -> Any:
+        def measure(worker: Worker) -> dict[str, Any]:
+            prompts = [self._prompt_of(5) for _ in range(n)]
+            return {"value": n * 64 / worker.ask("streams", prompts=prompts, n=64)}
+
+        return measure
+
+    def _sampling(self, worker: Worker, n: int) -> dict[str, Any]:
+        """Some of each in turn: the difference is small."""
+        greedy, sampled = [], []
+        for _ in range(3):
+            order = {"prompt": self._prompt_of(5), "n": n}
+            greedy += worker.ask("tokens", sampled=False, **order)
+            sampled += worker.ask("tokens", sampled=True, **order)
+        return {"value": statistics.median(sampled) / statistics.median(greedy)}
+
+    def _growth(self, worker: Worker) -> dict[str, Any]:
+        medians = []
+        for position in (10, 700):
+            order = {"prompt": self._prompt_of(position - 8), "n": 16, "sampled": False}
+            medians.append(statistics.median(worker.ask("tokens", **order)))
+        return {"value": medians[1] / medians[0], "at_10": medians[0], "at_700": medians[1]}
+
+    def _cold(self, everybody: list[Entrant]) -> None:
+        turns: dict[Entrant, list[dict[str, Any]]] = {one: [] for one in everybody}
+        for turn in range(-1, self.args.rounds):  # the first fills the page cache
+            for one in random.Random(turn).sample(everybody, len(everybody)):
+                if one not in turns:
+                    continue
+                worker = None
+                try:
+                    worker = Worker(one, self.path(one), self.n_threads)
+                    worker.ask("first_token", prompt=[1, 300, 301, 302, 303])
+                    seconds = time.perf_counter() - worker.started
+                    self.versions[one.engine] = worker.facts["version"]
+                    facts = {"load_s": worker.facts["load"], "memory_mb": worker.ask("memory")}
+                    if turn >= 0:
+                        turns[one].append({"value": seconds, **facts})
+                except RuntimeError as error:
+                    self._leave_out(one, error, "cold")
+                    del turns[one]
+                finally:
+                    if worker:
+                        worker.close()
+        for one, results in turns.items():
+            self._keep("cold", one, results, None)
+
+    def _rounds(self, case: str, workers: list[Worker], measure: Any, *limit: Any) -> None:
+        """Everybody once per round, and the ceiling: ``limit`` is its function and arguments."""
+        turns: dict[Worker, list[dict[str, Any]]] = {worker: [] for worker in workers}
+        limits: dict[str, list[float]] = {w.entrant.kind: [] for w in workers if limit}
+        for turn in range(-1, self.args.rounds):  # the first warms up
+            for worker in random.Random(turn).sample(workers, len(workers)):
+                if worker not in turns:
+                    continue
+                self._seed = 1000 * (turn + 1)  # the same prompts for everybody, new ones each turn
+                try:
+                    result = measure(worker)
+                    worker.rest()
+                except RuntimeError as error:
+                    self._leave_out(worker.entrant, error, case)
+                    del turns[worker]
+                    continue
+                if turn >= 0:
+                    turns[worker].append(result)
+            if turn < 0:
+                continue
+            config = MODELS[self.name].config
+            for kind, rates in limits.items():
+                function, *arguments = limit
+                rates.append(function(self.probe, config, kind, self.n_threads, *arguments))
+        for worker, results in turns.items():
+            self._keep(case, worker.entrant, results, limits.get(worker.entrant.kind))
+
+    def _prompt_of(self, n: int) -> list[int]:
+        self._seed += 1
+        return prompt(MODELS[self.name].config, n, self._seed)
+
+    def _keep(
+        self, case: str, one: Entrant, turns: list[dict[str, Any]], limits: list[float] | None
+    ) -> None:
+        record: dict[str, Any] = {"model": self.name, "threads": self.n_threads, "case": case}
+        record |= {"engine": one.engine, "weights": one.label, "kind": one.kind}
+        record["rounds"] = [turn.pop("value") for turn in turns]
+        tokens = sorted(s for turn in turns for s in turn.pop("token_s", []))
+        if tokens:
+            record["p50_ms"] = 1e3 * tokens[len(tokens) // 2]
+            record["p99_ms"] = 1e3 * tokens[int(0.99 * len(tokens))]
+        for name in turns[0]:
+            values = [turn[name] for turn in turns if turn[name] is not None]
+            record[name] = statistics.median(values) if values else None
+        if limits:
+            record["ceiling"] = statistics.median(limits)
+        self.results.append(record)
+        median = statistics.median(record["rounds"])
+        share = f"{median / record['ceiling']:6.0%}" if limits else ""
+        print(f"  {case:12s}{one.engine:14s}{one.label:22s}{median:12,.3f}{share}", flush=True)
+
+    def _leave_out(self, one: Entrant, error: Exception, case: str = "") -> None:
+        what = f"{one.engine} {one.label} {case}".strip()
+        self.left_out[f"{self.name}, {self.n_threads} threads: {what}"] = str(error)
+        print(f"  left out: {what}: {error}", flush=True)
+
+
+def machine() -> dict[str, Any]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+        cpu = next(line.split(":")[1].strip() for line in text.splitlines() if "model name" in line)
+    except (OSError, StopIteration):
+        cpu = platform.processor()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"cpu": cpu, "cores": cores, "system": platform.platform()}
+
+
+def merge(path: Path, run: Measurement) -> None:
+    """Put a measurement into the JSON file; what was measured again is replaced."""
+    data = json.loads(path.read_text()) if path.exists() else {"results": []}
+    names = ("model", "threads", "case", "engine", "weights")
+    results = {tuple(r[name] for name in names): r for r in data["results"] + run.results}
+    data["machine"] = machine()
+    data["rounds"] = run.args.rounds
+    data["date"] = time.strftime("%Y-%m-%d", time.gmtime())
+    data["versions"] = data.get("versions", {}) | run.versions
+    data["left_out"] = data.get("left_out", {}) | run.left_out
+    figures = {name: statistics.median(values) for name, values in run.probe.figures.items()}
+    data["probe"] = data.get("probe", {}) | figures
+    data["results"] = list(results.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    def names(*known: str) -> Any:
+        def parse(text: str) -> list[str]:
+            unknown = [name for name in text.split(",") if name not in known]
+            if unknown:
+                raise argparse.ArgumentTypeError(f"{unknown[0]!r}; known: {', '.join(known)}")
+            return text.split(",")
+
+        return parse
+
+    engines = list(dict.fromkeys(one.engine for one in entrants()))
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add(
+        "--models",
+        type=names(*MODELS, "shipped"),
+        default=list(MODELS),
+        metavar="A,B",
+        help=f"of {', '.join(MODELS)}; shipped: ours that comes with the package, cold only",
+    )
+    add(
+        "--engines",
+        type=names(*engines),
+        default=engines,
+        metavar="A,B",
+        help=f"of {', '.join(engines)}",
+    )
+    add(
+        "--formats",
+        type=names(*ALL),
+        metavar="A,B",
+        help="f32, bf16, q8_0, q4_0: peers join with weights of as many bits"
+        " (default: all; the two largest models: q8_0,q4_0)",
+    )
+    add("--cases", type=names(*CASES), default=list(CASES), metavar="A,B", help="see above")
+    add(
+        "--threads",
+        type=lambda text: [int(n) for n in text.split(",")],
+        default=[1, 2],
+        metavar="N,M",
+        help="default: 1,2",
+    )
+    add("--rounds", type=int, default=5, help="default: 5")
+    add(
+        "--cache",
+        type=Path,
+        default=Path("benchmark-models"),
+        metavar="DIR",
+        help="where models are written, once; all of them need 50 GB (default: %(default)s)",
+    )
+    add(
+        "--docs",
+        type=Path,
+        default=HERE.parent / "docs",
+        metavar="DIR",
+        help="where performance.json, .md and .png go (default: docs)",
+    )
+    add("--report", action="store_true", help="measure nothing, only write the report")
+    return parser.parse_args()  # fmt: skip
+
+
+def main() -> None:
+    args = arguments()
+    results = args.docs / "performance.json"
+    for name in [] if args.report else args.models:
+        for n_threads in args.threads:
+            print(f"{name}, {n_threads} threads", flush=True)
+            run = Measurement(args, name, n_threads)
+            try:
+                run.run(args.cases)
+            finally:
+                merge(results, run)
+    report.write(json.loads(results.read_text()), args.docs)
+
+
+if __name__ == "__main__":
+    main()
