@@ -137,8 +137,24 @@ def kernel_matmul(
     x: npt.NDArray[np.float32],
     begin: int = ...,
     end: int = ...,
+    add: bool = ...,
 ) -> npt.NDArray[np.float32]:
-    """One kernel on its own, for tests: x (n_tokens, cols) -> (n_tokens, rows)."""
+    """One kernel on its own, for tests: x (n_tokens, cols) -> (n_tokens, rows up to a multiple of
+    16), of which panels [begin, end) of 16 are computed. What is not written is NaN; with add, the
+    products are added to 1."""
+
+def kernel_unpack(
+    dtype: str, weights: npt.NDArray[Any], rows: int, cols: int
+) -> npt.NDArray[np.float32]:
+    """The values (rows, cols) of a matrix that was packed for the kernels."""
+
+def kernel_quantize_q8(
+    isa: str, x: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+    """int8 up to a multiple of 64, a scale per block of 32 and the sum of each block's int8."""
+
+def kernel_round_bf16(isa: str, x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The upper halves of x, rounded, up to a multiple of 32."""
 
 def kernel_attend(
     isa: str,
@@ -154,6 +170,4 @@ def kernel_attend(
 def kernel_unary(
     isa: str, name: str, *arrays: npt.NDArray[np.float32], scalar: float = ...
 ) -> npt.NDArray[np.float32]:
-    """rms_norm(x, weight; eps), rope(x (n_heads, head_dim), cos, sin), swiglu(gate, up),
-    add(x, y), attend(q (head_dim,), k (n, head_dim), v (n, head_dim)), quantize_q8(x), which
-    comes back dequantised."""
+    """rms_norm(x, weight; eps), rope(x (n_heads, head_dim), cos, sin), swiglu(gate, up)."""
