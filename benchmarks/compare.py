@@ -26,121 +26,27 @@ import json
 import os
 import platform
 import random
-import signal
 import statistics
-import subprocess
-import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ceiling
 import report
+from entrants import Entrant, Worker, entrants
 from models import ALL, MODELS, Files, prompt
 
 from tinyllama.loading import bundled_model
 
-HERE = Path(__file__).parent
 CASES = ("decode", "prompt", "streams", "growth", "sampling", "cold", "avx2")
 EXAMPLES = """\
 examples
   python benchmarks/compare.py --cache /tmp/models          (everything: hours)
   python benchmarks/compare.py --cache /tmp/models --models stories15m \\
       --engines tinyllama,llama.cpp --cases decode --threads 1       (two minutes)
+  python benchmarks/compare.py --cache /tmp/models --prepare       (only make the files: an hour)
   python benchmarks/compare.py --report           (docs/performance.md from the JSON file alone)
 """
-
-
-@dataclass(frozen=True)
-class Entrant:
-    """An engine with one kind of weights. ``kind``: those of ours with as many bits; ``options``:
-    what the worker is told about the weights; ``only``: the one case it takes part in."""
-
-    engine: str
-    file: str
-    kind: str
-    options: str = ""
-    only: str = ""
-    python: str = sys.executable
-
-    @property
-    def label(self) -> str:
-        return self.file + self.options
-
-    def takes_part(self, case: str) -> bool:
-        if case == "avx2":
-            return self.only == "avx2" or (self.engine == "tinyllama" and not self.only)
-        return self.only in ("", case)
-
-
-def entrants() -> list[Entrant]:
-    everybody = [Entrant("tinyllama", kind, kind) for kind in ALL]
-    for kind in ALL:
-        for cache in ("bf16", "int8"):
-            everybody.append(Entrant("tinyllama", kind, kind, f",kv_dtype={cache}", "growth"))
-        everybody.append(Entrant("tinyllama", kind, kind, ",isa=avx2", "avx2"))
-        python = os.environ.get("LLAMA_CPP_AVX2_PYTHON")
-        if python:
-            everybody.append(Entrant("llama.cpp", kind, kind, ",avx2", "avx2", python))
-    peers = {
-        "llama.cpp": {kind: kind for kind in ALL} | {"f16": "bf16"},
-        "ctranslate2": {"float32": "f32", "int8": "q8_0"},
-        "openvino": {"fp32": "f32", "fp32@bf16": "bf16", "int8": "q8_0", "int4": "q4_0"},
-        "onnxruntime": {"fp32": "f32", "int4": "q4_0"},
-        "transformers": {"float32": "f32", "bfloat16": "bf16"},
-    }
-    if "LLAMA2C_RUN" in os.environ:
-        peers["llama2.c"] = {"f32": "f32", "q8_0": "q8_0"}
-    for engine, kinds in peers.items():
-        for file, kind in kinds.items():
-            file, at, hint = file.partition("@")
-            everybody.append(Entrant(engine, file, kind, at + hint))
-    return everybody
-
-
-class Worker:
-    """An entrant's process, which sleeps unless it is asked something."""
-
-    def __init__(self, entrant: Entrant, path: Path, n_threads: int) -> None:
-        self.entrant = entrant
-        self.started = time.perf_counter()
-        command = [entrant.python, HERE / "engines.py", entrant.engine, path, entrant.label]
-        self._process = subprocess.Popen(
-            [*command, str(n_threads)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        self.facts = self._answer()
-
-    def ask(self, what: str, **order: Any) -> Any:
-        """Raises RuntimeError with what the engine said when it cannot, or has died."""
-        self._process.send_signal(signal.SIGCONT)
-        assert self._process.stdin
-        try:
-            print(json.dumps({"do": what} | order), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            raise RuntimeError("its process has ended") from None
-        return self._answer()["result"]
-
-    def rest(self) -> None:
-        self._process.send_signal(signal.SIGSTOP)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.communicate()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"its process ended with {self._process.wait()}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
 
 
 class Measurement:
@@ -177,13 +83,9 @@ class Measurement:
         everybody = list(dict.fromkeys(one for case in cases for one in self.entrants(case)))
         if self.name == "shipped":
             everybody = [Entrant("tinyllama", "q8_0", "q8_0")]
-        for one in list(everybody):
-            try:
-                self.path(one)
-            except Exception as error:
-                self._leave_out(one, error)
-                everybody.remove(one)
-        self.files.forget()
+        everybody = self._prepared(everybody)
+        if self.args.prepare:
+            return
         if "cold" in cases:
             self._cold([one for one in everybody if not one.only])
         if set(cases) - {"cold"}:
@@ -195,6 +97,18 @@ class Measurement:
             finally:
                 for worker in workers:
                     worker.close()
+
+    def _prepared(self, everybody: list[Entrant]) -> list[Entrant]:
+        """Those whose files are there, or could be made."""
+        ready = []
+        for one in everybody:
+            try:
+                self.path(one)
+                ready.append(one)
+            except Exception as error:
+                self._leave_out(one, error)
+        self.files.forget()
+        return ready
 
     def _open(self, everybody: list[Entrant]) -> list[Worker]:
         workers = []
@@ -357,7 +271,9 @@ def merge(path: Path, run: Measurement) -> None:
     data["rounds"] = run.args.rounds
     data["date"] = time.strftime("%Y-%m-%d", time.gmtime())
     data["versions"] = data.get("versions", {}) | run.versions
-    data["left_out"] = data.get("left_out", {}) | run.left_out
+    here = f"{run.name}, {run.n_threads} threads: "
+    before = {k: v for k, v in data.get("left_out", {}).items() if not k.startswith(here)}
+    data["left_out"] = before | run.left_out
     figures = {name: statistics.median(values) for name, values in run.probe.figures.items()}
     data["probe"] = data.get("probe", {}) | figures
     data["results"] = list(results.values())
@@ -415,15 +331,16 @@ def arguments() -> argparse.Namespace:
         type=Path,
         default=Path("benchmark-models"),
         metavar="DIR",
-        help="where models are written, once; all of them need 50 GB (default: %(default)s)",
+        help="where models are written, once; all of them need 20 GB (default: %(default)s)",
     )
     add(
         "--docs",
         type=Path,
-        default=HERE.parent / "docs",
+        default=Path(__file__).parents[1] / "docs",
         metavar="DIR",
         help="where performance.json, .md and .png go (default: docs)",
     )
+    add("--prepare", action="store_true", help="measure nothing, only make the models' files")
     add("--report", action="store_true", help="measure nothing, only write the report")
     return parser.parse_args()  # fmt: skip
 
@@ -432,14 +349,16 @@ def main() -> None:
     args = arguments()
     results = args.docs / "performance.json"
     for name in [] if args.report else args.models:
-        for n_threads in args.threads:
+        for n_threads in args.threads[:1] if args.prepare else args.threads:
             print(f"{name}, {n_threads} threads", flush=True)
             run = Measurement(args, name, n_threads)
             try:
                 run.run(args.cases)
             finally:
-                merge(results, run)
-    report.write(json.loads(results.read_text()), args.docs)
+                if not args.prepare:
+                    merge(results, run)
+    if not args.prepare:
+        report.write(json.loads(results.read_text()), args.docs)
 
 
 if __name__ == "__main__":

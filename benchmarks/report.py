@@ -30,8 +30,8 @@ tinyllama beside its peers on the same weights, and beside what the machine can 
 
 - Weights are random and seeded, decoding is greedy, no text ends early. A prompt is new each time.
 - Every engine has a process of its own, and in each of {rounds} rounds everybody has a turn.
-  Figures are medians over the rounds; "times the peer" is the median of the ratios within each round, so
-  that a noisy hour hits both. Spread is the lowest and the highest round.
+  Figures are medians over the rounds; "times the peer" is the median of the ratios within each
+  round, so that a noisy hour hits both. Spread is the lowest and the highest round.
 - The best peer is the fastest of all with weights of as many bits, and for prompts and streams also
   of all there are. Of llama.cpp this is the same GGUF file; int8, int4 and bfloat16 of the others
   count as q8_0, q4_0 and bf16.
