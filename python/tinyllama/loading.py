@@ -14,7 +14,7 @@ from .errors import ArgumentError
 from .model import Model, StrPath
 from .sampling import SamplingParams, as_int
 
-DTYPES = ("f32", "bf16", "q8_0")
+DTYPES = ("f32", "bf16", "q8_0", "q4_0")
 KV_DTYPES = ("f32", "bf16", "int8")
 
 
@@ -33,7 +33,8 @@ def load(
     ``path``: a GGUF file, a Hugging Face directory, a llama2.c ``.bin``, or the bytes of a GGUF
     file; None: the model that ships with the package.
     ``tokenizer``: for a ``.bin``, its ``tokenizer.bin`` or ``.model``; without it, one beside it.
-    ``dtype``: keep the matrices as "f32", "bf16" or "q8_0"; None: as in the file (f16 as f32).
+    ``dtype``: keep the matrices as "f32", "bf16", "q8_0" or "q4_0" (embedding and output then
+    as q8_0); None: as in the file (f16 as f32).
     ``n_threads``: None: one per physical core that the process may use.
     ``isa``: the kernel set, one of ``tinyllama.supported_isas()``; None: the environment variable
     TINYLLAMA_ISA, else the best this machine has.
