@@ -97,8 +97,9 @@ def export(
     ``source``: whatever ``read_checkpoint`` reads, a training run's folder too; ``tokenizer`` for
     llama2.c's files. ``to``: "gguf" (a file; dtype f32, f16, bf16, q8_0 or q4_0, default: the
     source's), "hf" (a folder; f32, f16 or bf16, default: the source's, f32 for q8_0 and q4_0), or
-    "llama2c" (a file and ``tokenizer.bin`` beside it; f32 writes v0, which run.c reads, q8_0 v2, for
-    runq.c; default f32). ``texts``: what the check reads, up to 2048 tokens; default: a short story.
+    "llama2c" (a file and ``tokenizer.bin`` beside it; f32 writes v0, which run.c reads, q8_0 v2,
+    for runq.c; default f32). ``texts``: what the check reads, up to 2048 tokens; default: a short
+    story.
 
     Raises ExportError when the written model computes something else; then, as after any other
     error, nothing is left and what stood at ``out`` stays. The bounds: in f32, logits within 1e-3
