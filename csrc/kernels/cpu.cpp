@@ -106,6 +106,7 @@ struct Supported {
         };
 #ifdef __x86_64__
         const Features f = detect();
+        offer(kernels_avx512amx, f.amx);
         offer(kernels_avx512vnni, f.avx512vnni);
         offer(kernels_avx512, f.avx512);
         offer(kernels_avxvnni, f.avxvnni);

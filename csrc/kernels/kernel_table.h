@@ -83,7 +83,8 @@ struct KernelTable {
     void (*matmul_q4_0)(const Output& y, const Panels& w, const ActsQ8& x, int64_t n_tokens,
                         int64_t begin, int64_t end);
 
-    // One row of activations, n a multiple of 32: scale = max|x| / 127, q = round to nearest even.
+    // Part of a row of activations, n a multiple of 32: scale = max|x| / 127, q = round to nearest
+    // even. Nothing is written beyond.
     void (*quantize_q8)(int8_t* q, float* scales, int32_t* sums, const float* x, int64_t n);
     // Rounds to nearest even; out is filled with zeros up to the next multiple of 32.
     void (*round_bf16)(uint16_t* out, const float* x, int64_t n);
@@ -111,6 +112,7 @@ extern const KernelTable kernels_avx2;
 extern const KernelTable kernels_avxvnni;
 extern const KernelTable kernels_avx512;
 extern const KernelTable kernels_avx512vnni;
+extern const KernelTable kernels_avx512amx;
 #endif
 #ifdef __aarch64__
 extern const KernelTable kernels_neon;
