@@ -127,8 +127,8 @@ std::size_t panel_bytes(DType dtype, std::int64_t cols) {
 void pack_panels(DType dtype, const std::uint8_t* source, std::int64_t rows, std::int64_t cols,
                  std::uint8_t* out, std::int64_t begin, std::int64_t end) {
     const auto panel_size = static_cast<std::int64_t>(panel_bytes(dtype, cols));
-    const auto row_size = static_cast<std::int64_t>(
-        row_bytes(dtype, static_cast<std::uint64_t>(cols)));
+    const auto row_size =
+        static_cast<std::int64_t>(row_bytes(dtype, static_cast<std::uint64_t>(cols)));
     const std::vector<std::uint8_t> zeros(static_cast<std::size_t>(row_size));
     for (std::int64_t panel = begin; panel < end; ++panel) {
         const std::uint8_t* lines[panel_rows];
