@@ -13,8 +13,8 @@ namespace tinyllama {
 // be a multiple of 32.
 std::size_t panel_bytes(DType dtype, std::int64_t cols);
 
-// Packs panels [begin, end) of a row-major matrix (rows, cols) as the file holds it (f32, bf16, q8_0
-// or q4_0; `source` need not be aligned) into out, where panel 0 begins.
+// Packs panels [begin, end) of a row-major matrix (rows, cols) as the file holds it (f32, bf16,
+// q8_0 or q4_0; `source` need not be aligned) into out, where panel 0 begins.
 void pack_panels(DType dtype, const std::uint8_t* source, std::int64_t rows, std::int64_t cols,
                  std::uint8_t* out, std::int64_t begin, std::int64_t end);
 

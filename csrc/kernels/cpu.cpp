@@ -60,8 +60,7 @@ Features detect() {
     const uint64_t tiles = 3u << 17;        // their configuration and their data
     const uint64_t saved = saved_state();
     f.avx2 = has(b, 5) && (saved & ymm) == ymm;
-    f.avxvnni =
-        f.avx2 && a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) != 0 && has(a1, 4);
+    f.avxvnni = f.avx2 && a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) != 0 && has(a1, 4);
     f.avx512 = f.avx2 && (saved & zmm) == zmm &&  // and F, DQ, BW, VL:
                has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31);
     f.avx512vnni = f.avx512 && has(c, 11);

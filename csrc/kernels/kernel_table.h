@@ -1,6 +1,6 @@
-// One table of functions per instruction set. Kernels work on ranges of panels or rows, know nothing
-// of threads, allocate nothing and include no C++ standard header with inline functions (a weak
-// symbol compiled here with AVX flags could replace the portable one in the whole program).
+// One table of functions per instruction set. Kernels work on ranges of panels or rows, know
+// nothing of threads, allocate nothing and include no C++ standard header with inline functions (a
+// weak symbol compiled here with AVX flags could replace the portable one in the whole program).
 //
 // Matrices come as panels of 16 rows (packing.h): one vector holds the same column of 16 rows, so
 // a kernel computes 16 outputs side by side, each in its own lane, and never sums across a vector.
@@ -49,8 +49,8 @@ struct Output {
 };
 
 // Keys and values of 32 positions, of one layer and all its key heads, lie in one block of memory;
-// a timeline has a list of them. A head's part begins `offset` bytes into each, 64-byte aligned, and
-// holds, with width = head_dim rounded up to 16 and T float, uint16 (bf16) or int8:
+// a timeline has a list of them. A head's part begins `offset` bytes into each, 64-byte aligned,
+// and holds, with width = head_dim rounded up to 16 and T float, uint16 (bf16) or int8:
 //   int8 only: float key_scale[32], value_scale[32]
 //   T key[head_dim][32]     one vector holds the same element of 16 positions
 //   T value[32][width]      zeros beyond head_dim
