@@ -85,10 +85,8 @@ def _register_show(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -
 
 
 def run_train(args: argparse.Namespace) -> None:
-    from ..files import check_place
     from ..tokenizer import train
 
-    check_place(args.out)
     vocabulary = train(
         args.inputs,
         args.out,

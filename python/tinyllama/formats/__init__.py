@@ -81,10 +81,9 @@ def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
         return read_tokenizer_bin(path)
     with open(path, "rb") as stream:
         if stream.read(4) == b"GGUF":
-            from .._core import GgufReader
-            from .gguf_read import _Keys, _vocabulary
+            from .gguf_read import read_gguf_vocabulary
 
-            return _vocabulary(_Keys(GgufReader(path=str(path)).metadata(), str(path)))
+            return read_gguf_vocabulary(path)
     return read_checkpoint(path).vocabulary
 
 
