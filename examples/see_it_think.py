@@ -11,16 +11,23 @@ import tinyllama
 
 def main() -> None:
     prompt = sys.argv[1] if len(sys.argv) > 1 else "Once upon a time"
-    model = tinyllama.load()
-    completion = model.complete(prompt, max_new_tokens=30, logprobs=4, seed=1)
-    assert completion.logprobs is not None
+    try:
+        model = tinyllama.load()
+        completion = model.complete(prompt, max_new_tokens=30, logprobs=4, seed=1)
+    except (tinyllama.TinyllamaError, OSError) as error:
+        sys.exit(f"see_it_think: {error}")
+    begun = model.tokenizer.encode(".")  # a token that begins a text would show without its space
+
+    def piece(token: int) -> str:
+        return model.tokenizer.decode([*begun, token]).removeprefix(".")
+
     print(prompt)
-    for token, chosen in zip(completion.tokens, completion.logprobs, strict=True):
+    for chosen in completion.logprobs or ():
         weighed = "  ".join(
-            f"{model.tokenizer.decode([candidate])!r} {100 * math.exp(logprob):.0f}%"
+            f"{piece(candidate)!r} {100 * math.exp(logprob):.0f}%"
             for candidate, logprob in chosen.top
         )
-        print(f"{model.tokenizer.decode([token])!r:>14}  of  {weighed}")
+        print(f"{chosen.piece!r:>14}  of  {weighed}")
 
 
 if __name__ == "__main__":

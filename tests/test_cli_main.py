@@ -1,12 +1,18 @@
 """The command's frame: errors in one line, exit statuses, groups that load nothing heavy."""
 
+import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from tinyllama import __version__, cli
+from random_models import tiny_checkpoint
+from tinyllama import __version__, cli, load
 from tinyllama.errors import FormatError
+from tinyllama.formats.gguf import write_gguf
+from tinyllama.formats.hf import save_hf
+from tinyllama.formats.llama2c import write_llama2c
 
 RUN = [sys.executable, "-c", "import sys; from tinyllama.cli import main; sys.exit(main())"]
 
@@ -85,3 +91,77 @@ def test_a_closed_pipe_ends_quietly(tmp_path):
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait() == 1
+
+
+@pytest.mark.parametrize("command", [[], ["data"], ["tokenizer"]])
+def test_a_command_still_to_be_named_shows_the_help(capsys, command):
+    assert cli.main(command) == 0
+    printed = capsys.readouterr()
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--help"])
+    assert printed.out == capsys.readouterr().out != ""
+    assert printed.err == ""
+
+
+def test_an_interrupt_while_commands_are_imported(monkeypatch, capsys):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "build_parser", interrupted)
+    assert cli.main([]) == 130
+    assert capsys.readouterr().err == "tinyllama: interrupted\n"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"),
+    [
+        ("cp1252", "“é” \\u4ece\\U0001f431".encode("cp1252")),
+        ("ascii", rb"\u201c\xe9\u201d \u4ece\U0001f431"),
+        ("utf-8", "“é” 从🐱".encode()),
+    ],
+)
+def test_output_that_is_not_utf8_shows_what_it_can(tmp_path, encoding, shown):
+    (tmp_path / "a.txt").write_text("“é” 从🐱 \ufffd", encoding="utf-8")
+    command = [*RUN, "data", "check", str(tmp_path / "a.txt")]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert shown in done.stdout
+
+
+def test_json_stays_json_in_any_encoding(tmp_path):
+    options = ["--json", "--max-new-tokens", "1", "--seed", "1", "--threads", "1"]
+    for encoding in ("latin-1", "utf-8"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "1"}
+        command = [*RUN, "generate", "A 🐱 “é”", *options]
+        done = subprocess.run(command, capture_output=True, env=environment)
+        assert json.loads(done.stdout.decode(encoding))["prompt"] == "A 🐱 “é”", done.stderr
+        assert ("🐱".encode() in done.stdout) == (encoding == "utf-8")
+
+
+@pytest.mark.parametrize("kind", ["shipped", ".gguf", "folder", "tokenizer.bin", "model.bin"])
+def test_show_takes_whatever_carries_a_vocabulary(tmp_path, capsys, kind):
+    checkpoint = tiny_checkpoint(hidden_dim=64)
+    write_gguf(checkpoint, tmp_path / "x.gguf")
+    write_llama2c(checkpoint, tmp_path / "model.bin")
+    if kind == "folder":
+        pytest.importorskip("safetensors")
+        save_hf(checkpoint, tmp_path / "folder")
+    path = [] if kind == "shipped" else [str(tmp_path / {".gguf": "x.gguf"}.get(kind, kind))]
+    assert cli.main(["tokenizer", "show", *path, "the é\n"]) == 0
+    shown = capsys.readouterr().out.splitlines()[0].split()
+    if kind == "shipped":
+        assert shown[0].startswith("▁the:") and shown[-1].startswith("<0x0A>:")
+    else:
+        pieces = checkpoint.vocabulary.pieces
+        expected = load(tmp_path / "x.gguf").tokenizer.encode("the é\n", bos=False)
+        assert shown == [f"{pieces[token]}:{token}" for token in expected]
+        assert "<0xC3>:198" in shown
+
+
+@pytest.mark.parametrize("out", ["none/x.model", "folder.model"])
+def test_train_names_a_place_it_cannot_write_before_it_reads(tmp_path, capsys, out):
+    (tmp_path / "folder.model").mkdir()
+    out = str(tmp_path / out)
+    assert cli.main(["tokenizer", "train", "not read", "--vocab-size", "300", "--out", out]) == 2
+    assert capsys.readouterr().err.startswith(f"tinyllama: error: {out}: ")

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,18 @@ def test_folders_and_globs_are_sorted_and_each_file_is_read_once(tmp_path):
     assert texts(tmp_path / "b.txt", f"{tmp_path}/*.txt") == ["b.txt", "a.txt"]
 
 
+@pytest.mark.parametrize("name", ["README", "stories.md", "a.b.log", "stories.gz"])
+def test_a_named_file_of_an_unknown_ending_is_text(tmp_path, name):
+    data = as_text(STORIES)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    assert texts(tmp_path / name) == STORIES
+    assert texts(tmp_path / name, separator="none") == [data.decode()]
+    with pytest.raises(FileNotFoundError, match="no file matches"):
+        texts(f"{tmp_path}/*")
+    (tmp_path / "known.txt").write_text("known")
+    assert texts(f"{tmp_path}/*") == texts(tmp_path) == ["known"]
+
+
 def test_the_field_may_be_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "no", "body": "yes"}\n\n{"text": "no", "body": "too"}\n')
@@ -130,7 +143,9 @@ def test_the_field_may_be_named(tmp_path):
         ("a.csv", b"label,title\n1,a\n", "record 1: does not have any of .* it has label, title"),
         ("a.parquet", b"PAR1 not", "a.parquet: damaged Parquet"),
         ("a.txt.gz", b"not gzip", "a.txt.gz: damaged compressed data"),
-        ("a.doc", b"x", "a.doc: unknown kind of file, expected .txt"),
+        ("a.doc", b"\xd0\xcf\x11\0\0", "a.doc: unknown kind of file, and not text; known: .txt"),
+        ("a.doc.gz", gzip.compress(b"x\0"), "a.doc.gz: unknown kind of file, and not text"),
+        ("GGUF", b"GGUF\3\0\0\0", "GGUF: unknown kind of file, and not text"),
     ],
 )
 def test_bad_input_is_named(tmp_path, name, content, message):
@@ -232,6 +247,16 @@ def test_repair_refuses_before_it_writes(tmp_path):
     with pytest.raises(ArgumentError, match="would hold no document"):
         check(path, repair=tmp_path / "out.txt")
     assert [file.name for file in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_read(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"\xff\0" * 10)
+    (tmp_path / "folder.txt").mkdir()
+    for target, error in (("none/x.txt", FileNotFoundError), ("folder.txt", IsADirectoryError)):
+        with pytest.raises(error, match=f"^{re.escape(str(tmp_path / target))}: "):
+            check(path, repair=tmp_path / target)
+    assert sorted(file.name for file in tmp_path.rglob("*")) == ["a.txt", "folder.txt"]
 
 
 def test_the_real_stories(shared: Path):

@@ -227,3 +227,5 @@ def test_bad_input_leaves_nothing_behind(tmp_path, model):
 
     with pytest.raises(FileExistsError, match="holds no prepared tokens"):
         prepare(good, model, tmp_path)
+    with pytest.raises(NotADirectoryError, match=r"good\.txt/out'$"):
+        prepare(good, model, good / "out")

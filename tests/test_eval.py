@@ -1,7 +1,9 @@
 """Perplexity and bits per byte, and the commands eval, info and generate."""
 
+import io
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 import tinyllama
 from random_models import forced_model, tiny_checkpoint, tiny_model
 from tinyllama.cli import main
+from tinyllama.data import Documents
 from tinyllama.errors import ArgumentError
 from tinyllama.evaluate.perplexity import of_documents, of_text
 from tinyllama.formats.gguf import write_gguf
@@ -132,6 +135,15 @@ def test_eval_command(model, model_file, tmp_path, capsys):
     assert "2 documents, 224 bytes" in out
 
 
+def test_eval_reads_a_named_file_whatever_its_ending(model_file, tmp_path, capsys):
+    (tmp_path / "notes.md").write_text(TEXT)
+    text = str(tmp_path / "notes.md")
+    assert main(["eval", model_file, "--text", text, "--threads", "1"]) == 0
+    assert "1 documents" in capsys.readouterr().out
+    assert main(["eval", model_file, "--text", model_file]) == 2
+    assert f"{model_file}: unknown kind of file, and not text" in capsys.readouterr().err
+
+
 def test_eval_of_an_empty_file_is_refused(model_file, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n")
     assert main(["eval", model_file, "--text", str(tmp_path / "empty.txt")]) == 2
@@ -161,6 +173,44 @@ def test_generate_command(model, model_file, capsys):
     assert capsys.readouterr().out == f"{text}\n"
     assert main(["generate", "the rain", *options, "--stream"]) == 0
     assert capsys.readouterr().out == f"the rain{text}\n"
+
+
+@pytest.mark.parametrize("typed", ["the rain", "the rain\n", "two\nlines\n\n", ""])
+def test_generate_reads_its_prompt_from_standard_input(model_file, capsys, monkeypatch, typed):
+    options = ["-m", model_file, "--threads", "1", "--seed", "3", "--max-new-tokens", "5"]
+    assert main(["generate", typed.removesuffix("\n"), *options]) == 0
+    expected = capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    assert main(["generate", "-", *options]) == 0
+    assert capsys.readouterr().out == expected
+
+
+def test_generate_refuses_standard_input_that_is_no_text(model_file, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xff"), encoding="utf-8"))
+    assert main(["generate", "-", "-m", model_file]) == 2
+    assert "the prompt on standard input: 'utf-8' codec" in capsys.readouterr().err
+
+
+def test_generate_separates_texts_as_its_help_says(model_file, tmp_path, capsys):
+    options = ["--threads", "1", "--num-return-sequences", "3", "--max-new-tokens", "9"]
+    assert main(["generate", "the rain", "-m", model_file, "--seed", "1", *options]) == 0
+    (tmp_path / "texts.txt").write_text(capsys.readouterr().out, encoding="utf-8")
+    assert len(list(Documents(tmp_path / "texts.txt"))) == 3
+    with pytest.raises(SystemExit):
+        main(["generate", "--help"])
+    assert "<|endoftext|>" in capsys.readouterr().out
+
+
+def test_an_interrupted_stream_ends_its_line(model_file, capsys, monkeypatch):
+    def pieces(*args, **options):
+        yield "the rain"
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tinyllama.Model, "stream", pieces)
+    assert main(["generate", "the", "-m", model_file, "--stream"]) == 130
+    captured = capsys.readouterr()
+    assert captured.out == "the rain\n"
+    assert captured.err == "tinyllama: interrupted\n"
 
 
 def test_generate_command_as_json(model, model_file, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +39,7 @@ def source(tmp_path: Path) -> Path:
 def test_every_target(source: Path, tmp_path: Path, to: str, dtype: str) -> None:
     if to == "hf":
         pytest.importorskip("safetensors")
-    out = tmp_path / "out" / "model.bin"
+    out = tmp_path / "out" / f"model{module.FORMATS[to]}"
     out.parent.mkdir()
     report = export(source, out, to, dtype)
     assert (report.format, report.dtype) == (to, dtype)
@@ -52,7 +54,7 @@ def test_every_target(source: Path, tmp_path: Path, to: str, dtype: str) -> None
     assert difference <= 3 * report.max_difference + 1e-6
     assert (report.max_difference > 1e-4) == (dtype != "f32")
     left = {path.name for path in out.parent.iterdir()}
-    assert left == ({"model.bin", "tokenizer.bin"} if to == "llama2c" else {"model.bin"})
+    assert left == ({"model.bin", "tokenizer.bin"} if to == "llama2c" else {out.name})
 
 
 def test_default_dtype_is_the_sources(source: Path, tmp_path: Path) -> None:
@@ -63,7 +65,7 @@ def test_default_dtype_is_the_sources(source: Path, tmp_path: Path) -> None:
     assert export(tmp_path / "a.gguf", tmp_path / "folder", "hf").dtype == "f32"
     export(source, tmp_path / "c.gguf", dtype="q4_0")
     assert export(tmp_path / "c.gguf", tmp_path / "d.gguf").dtype == "q4_0"
-    assert export(tmp_path / "c.gguf", tmp_path / "folder", "hf").dtype == "f32"
+    assert export(tmp_path / "c.gguf", tmp_path / "folder2", "hf").dtype == "f32"
 
 
 def test_numpy_stands_in_for_torch(
@@ -116,7 +118,7 @@ def test_wrong_tensors_are_not_written(
     right = getattr(room, name)
     monkeypatch.setattr(room, name, wrong)
     with pytest.raises(ExportError, match=r"layers\.1\.wk at \(0, 0\)"):
-        export(source, tmp_path / "out", to, "f32")
+        export(source, tmp_path / f"out{module.FORMATS[to]}", to, "f32")
     assert [path.name for path in tmp_path.iterdir()] == ["source.gguf"]
 
 
@@ -124,16 +126,60 @@ def test_arguments(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="to is 'onnx'"):
         export(source, tmp_path / "out", "onnx")
     with pytest.raises(ArgumentError, match="dtype is 'q4_1'"):
-        export(source, tmp_path / "out", "gguf", "q4_1")
+        export(source, tmp_path / "out.gguf", "gguf", "q4_1")
     with pytest.raises(ArgumentError, match="dtype is 'q8_0'"):
         export(source, tmp_path / "out", "hf", "q8_0")
     with pytest.raises(ArgumentError, match="dtype is 'f16'"):
-        export(source, tmp_path / "out", "llama2c", "f16")
+        export(source, tmp_path / "out.bin", "llama2c", "f16")
     with pytest.raises(ArgumentError, match="too short"):
-        export(source, tmp_path / "out", texts=[""])
+        export(source, tmp_path / "out.gguf", texts=[""])
     with pytest.raises(FormatError, match="unknown format"):
-        export(__file__, tmp_path / "out")
+        export(__file__, tmp_path / "out.gguf")
     assert [path.name for path in tmp_path.iterdir()] == ["source.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("to", "out", "message"),
+    [
+        ("gguf", "x.bin", r"x\.bin: gguf is .* ends in \.gguf \(`--to llama2c \S*x\.bin` would"),
+        ("gguf", "x.safetensors", r"x\.safetensors: gguf is written to a file .* \.gguf$"),
+        ("llama2c", "x.gguf", r"x\.gguf: llama2c is .* ends in \.bin \(`--to gguf \S*x\.gguf`"),
+        ("llama2c", "x", r"x: llama2c is written to a file whose name ends in \.bin$"),
+        ("hf", "x.GGUF", r"x\.GGUF: hf is written to a folder \(`--to gguf"),
+    ],
+)
+def test_a_name_that_promises_another_format(
+    tmp_path: Path, to: str, out: str, message: str
+) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        export(tmp_path / "not even looked at", tmp_path / out, to)
+
+
+@pytest.mark.parametrize(
+    ("to", "out", "error"),
+    [
+        ("gguf", "none/x.gguf", FileNotFoundError),
+        ("llama2c", "none/x.bin", FileNotFoundError),
+        ("hf", "none/x", FileNotFoundError),
+        ("gguf", "folder.gguf", IsADirectoryError),
+        ("hf", "file", NotADirectoryError),
+        ("hf", "foreign", FileExistsError),
+        ("gguf", "locked/x.gguf", PermissionError),
+    ],
+)
+def test_a_place_that_cannot_be_written_is_named_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str, out: str, error: type[OSError]
+) -> None:
+    for name in ("folder.gguf", "foreign", "locked"):
+        (tmp_path / name).mkdir()
+    for name in ("file", "foreign/config.json"):
+        (tmp_path / name).write_text(name)
+    # Root may write anywhere, so what a locked folder answers is put in its mouth.
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "locked")
+    before = contents(tmp_path)
+    with pytest.raises(error, match=f"^{re.escape(str(tmp_path / out))}: "):
+        export(tmp_path / "not even looked at", tmp_path / out, to)
+    assert contents(tmp_path) == before
 
 
 def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,11 +228,11 @@ checkpoint = tiny_checkpoint()
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 for write in (
     lambda: write_gguf(checkpoint, folder / "old.gguf"),
-    lambda: save_hf(checkpoint, folder / "old"),
+    lambda: save_hf(checkpoint, folder / "empty"),
     lambda: save_hf(checkpoint, folder / "new"),
     lambda: write_llama2c(checkpoint, folder / "old.bin"),
     lambda: export(folder / "source.gguf", folder / "old.gguf"),
-    lambda: export(folder / "source.gguf", folder / "old", "hf"),
+    lambda: export(folder / "source.gguf", folder / "new", "hf"),
     lambda: export(folder / "source.gguf", folder / "old.bin", "llama2c"),
 ):
     try:
@@ -200,9 +246,9 @@ for write in (
 @pytest.mark.parametrize("limit", [0, 4096, 40000])
 def test_a_full_disk_leaves_what_was_there(source: Path, tmp_path: Path, limit: int) -> None:
     pytest.importorskip("safetensors")
-    for name in ("old.gguf", "old.bin", "old/config.json", "old/trainer.json"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+    for name in ("old.gguf", "old.bin"):
         (tmp_path / name).write_text(name)
+    (tmp_path / "empty").mkdir()
     before = contents(tmp_path)
     tests = str(Path(__file__).parent)
     script = FULL_DISK.format(tests=tests, folder=str(tmp_path), limit=limit)

@@ -15,7 +15,7 @@ import pytest
 
 from random_models import random_checkpoint, random_config, tiny_checkpoint
 from tinyllama.config import RopeScaling
-from tinyllama.errors import ArgumentError, FormatError
+from tinyllama.errors import FormatError
 from tinyllama.formats import read_checkpoint
 from tinyllama.formats.dtypes import decode_tensor, encode_tensor
 from tinyllama.formats.gguf import gguf_bytes
@@ -65,19 +65,18 @@ def test_random_models_there_and_back(tmp_path: Path, dtype: str) -> None:
             np.testing.assert_array_equal(found, getattr(checkpoint.vocabulary, field.name))
 
 
-def test_other_files_of_a_folder_survive(folder: Path) -> None:
-    (folder / "trainer.json").write_text("{}")
-    save_hf(tiny_checkpoint(1), folder)
-    assert (folder / "trainer.json").read_text() == "{}"
+def test_only_a_new_or_empty_folder_is_written(tmp_path: Path) -> None:
+    foreign, empty = tmp_path / "foreign", tmp_path / "empty"
+    foreign.mkdir()
+    empty.mkdir()
+    (foreign / "config.json").write_text("another program's")
+    with pytest.raises(FileExistsError, match="foreign: the folder is not empty"):
+        save_hf(tiny_checkpoint(1), foreign)
+    assert (foreign / "config.json").read_text() == "another program's"
+    save_hf(tiny_checkpoint(1), empty)
     want = tiny_checkpoint(1).tensors["tok_embed"]
-    np.testing.assert_array_equal(load_hf(folder).tensors["tok_embed"], want)
-    assert [path.name for path in folder.parent.iterdir()] == ["model"]
-
-
-def test_sharded_folder_is_not_written_into(folder: Path) -> None:
-    (folder / "model.safetensors.index.json").write_text("{}")
-    with pytest.raises(ArgumentError, match="sharded"):
-        save_hf(tiny_checkpoint(), folder)
+    np.testing.assert_array_equal(load_hf(empty).tensors["tok_embed"], want)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "foreign"]
 
 
 # --- against transformers -----------------------------------------------------------------------
@@ -289,6 +288,7 @@ def test_config_that_is_no_json(folder: Path) -> None:
 
 
 def test_tensor_missing(folder: Path) -> None:
+    folder = folder.with_name("untied")
     save_hf(tiny_checkpoint(tie_embeddings=False), folder)
     damaged = folder / "model.safetensors"
 

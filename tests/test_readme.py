@@ -1,13 +1,16 @@
 """Every example of the README runs. What would take minutes runs on less: see SMALLER."""
 
+import ast
 import contextlib
 import io
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
 
+import tinyllama
 from tinyllama.cli import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,6 +75,23 @@ def test_commands(tmp_path, monkeypatch) -> None:
     assert "Once upon a time" in ran[0][1]
     assert (tmp_path / "mine.gguf").stat().st_size > 100_000
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_see_it_think(monkeypatch, capsys) -> None:
+    """The pieces it shows make up the text, spaces included; what is wrong takes one line."""
+    example = str(ROOT / "examples" / "see_it_think.py")
+    monkeypatch.setattr("sys.argv", [example, "The dog"])
+    runpy.run_path(example, run_name="__main__")
+    prompt, *lines = capsys.readouterr().out.splitlines()
+    assert prompt == "The dog"
+    drawn, weighed = zip(*(line.split("  of  ") for line in lines), strict=True)
+    text = "".join(map(ast.literal_eval, map(str.strip, drawn)))
+    assert text == tinyllama.load().generate("The dog", max_new_tokens=30, seed=1)
+    n_shared = sum(f"{piece.strip()} " in row for piece, row in zip(drawn, weighed, strict=True))
+    assert n_shared > len(lines) / 2  # most were among the four likeliest, spelled alike
+    monkeypatch.setattr("sys.argv", [example, "The dog " * 2000])
+    with pytest.raises(SystemExit, match=r"^see_it_think: .*context"):
+        runpy.run_path(example, run_name="__main__")
 
 
 def test_links_lead_somewhere() -> None:

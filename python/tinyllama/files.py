@@ -9,15 +9,39 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+PathLike = str | os.PathLike[str]
+
+
+def check_place(path: PathLike, folder: bool = False) -> None:
+    """Raise OSError, naming ``path``, where no file (or ``folder``) of that name can be written.
+
+    For the start of long work. A file that is there would be replaced; a folder has to be empty.
+    """
+    path = Path(path)
+    parent = Path(os.path.realpath(path)).parent
+    if not parent.is_dir():
+        raise FileNotFoundError(f"{path}: the folder {parent} does not exist")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"{path}: the folder {parent} cannot be written to")
+    if not folder and path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; name a file")
+    if folder and path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path}: is a file; name a new folder")
+    if folder and path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"{path}: the folder is not empty; name a new one, or remove it")
+
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def whole_file(path: PathLike) -> Iterator[BinaryIO]:
     """A file to write bytes into, which takes the name ``path`` only once it is complete.
 
     The bytes go to a hidden file in the same folder. When the block ends normally they are
     forced to disk and the file is renamed over ``path``; when it raises (a full disk, Ctrl-C)
     the hidden file is removed, and what stood at ``path`` stays as it was.
+
+    Raises OSError as :func:`check_place` does, and when writing fails.
     """
+    check_place(path)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -33,32 +57,26 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def whole_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """An empty folder to fill, whose files appear in the folder ``path`` once all are complete.
+def whole_folder(path: PathLike) -> Iterator[Path]:
+    """An empty folder to fill, which takes the name ``path`` once all its files are complete.
 
-    A ``path`` that is new (or empty) appears in one rename. Into one that holds files already, the
-    finished ones are renamed one by one, replacing those of the same name and leaving all others
-    alone: by then nothing can fail for lack of space. When anything fails before that, ``path``
-    stays as it was.
+    ``path`` has to be new, or an empty folder: what lies in a folder belongs together, and is
+    neither mixed nor thrown away. When the block raises, nothing is left.
+
+    Raises OSError as :func:`check_place` does, and when writing fails.
     """
+    check_place(path, folder=True)
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)  # a killed process with our number left it
     temporary.mkdir()
     try:
         yield temporary
-        files = sorted(temporary.iterdir())
-        for file in files:
+        for file in sorted(temporary.iterdir()):
             with open(file, "r+b") as stream:
                 os.fsync(stream.fileno())
         _sync_folder(temporary)
-        if path.is_dir() and any(path.iterdir()):
-            for file in files:
-                os.replace(file, path / file.name)
-            temporary.rmdir()
-            _sync_folder(path)
-        else:
-            os.replace(temporary, path)
+        os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

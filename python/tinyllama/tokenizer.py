@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .data.documents import SEPARATOR, Documents
 from .errors import ArgumentError, MissingExtraError
-from .files import whole_file
+from .files import check_place, whole_file
 from .formats.checkpoint import Vocabulary
 from .formats.sentencepiece import (
     load_sentencepiece,
@@ -68,8 +68,7 @@ def train(
     out = Path(out)
     if out.suffix != ".model":
         raise ArgumentError(f"out is {str(out)!r}: the name of a tokenizer ends in .model")
-    if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out.parent}: the folder for {out.name} does not exist")
+    check_place(out)
     n_special = 3 + 256 * byte_fallback
     coverage = character_coverage
     if coverage is not None and not 0 < coverage <= 1:

@@ -3,6 +3,7 @@
 // bit and however the work is cut. Then whole models. Deterministic; -DTINYLLAMA_CHECK=ON builds
 // it. The digest it prints is of what the generic set computed: the same on every kind of machine.
 #include <algorithm>
+#include <iterator>
 #include <memory>
 #include <utility>
 
@@ -90,8 +91,11 @@ void check_rope(Run& run, Random& random, Kind kind) {
 void check_round_bf16(Run& run, Random& random, Kind kind) {
     const std::int64_t n = 1 + below(random, 100), padded = (n + 31) / 32 * 32;
     std::vector<float> x = draws(random, kind, n);
-    x[0] = from_bits(0x3f808000);            // ties: to even, which is down here and
-    x[size(n - 1)] = from_bits(0x3f818000);  // up here
+    // Ties go to even, which is down and up; a NaN must not be rounded to infinity, nor to zero.
+    const std::vector<std::uint32_t> plain = {0x3f808000, 0x3f818000};
+    const std::vector<std::uint32_t> nans = {0x7f800001, 0xffffffff};
+    for (std::size_t i = 0; i < 2 && i < x.size(); ++i)
+        x[i] = from_bits((kind == Kind::wild ? nans : plain)[i]);
     check_row<std::uint16_t>(
         run, "round_bf16", kind, padded,
         [&](const KernelTable& set, std::uint16_t* out) { set.round_bf16(out, x.data(), n); },
@@ -107,7 +111,9 @@ void check_round_bf16(Run& run, Random& random, Kind kind) {
 
 void check_quantize(Run& run, Random& random, Kind kind) {
     const std::int64_t n = 32 * (1 + below(random, 12));
-    const std::vector<float> x = draws(random, kind, n);
+    std::vector<float> x = draws(random, kind, n);
+    const float ties[] = {127.0f, 0.5f, 1.5f, -2.5f, -3.5f};  // at a scale of 1
+    if (random.one_in(2)) std::copy(std::begin(ties), std::end(ties), x.begin());
     std::vector<float> scales(size(n / 32));
     std::vector<std::int32_t> sums(scales.size());
     const auto quantize = [&](const KernelTable& set, std::int8_t* q) {

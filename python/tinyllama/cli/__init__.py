@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,10 @@ The life of a model:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line. Every group sets ``handler``, called with the parsed arguments."""
+    """The whole command line. Every group sets ``handler``, called with the parsed arguments.
+
+    Where a command is still to be named, its help is shown: who types that wants to know more.
+    """
     from .. import __version__
 
     parser = argparse.ArgumentParser(
@@ -38,7 +42,8 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"tinyllama {__version__}")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    parser.set_defaults(handler=lambda args: parser.print_help())
+    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND")
     for group in GROUPS:
         importlib.import_module(f".{group}", __package__).register(subparsers)
     return parser
@@ -50,8 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     0: done; 2: an error that is the input's or the machine's, told in one line on stderr;
     130: interrupted from the keyboard.
     """
-    args = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What a terminal or pipe of another encoding than UTF-8 cannot show appears as \u2581.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
+        args = build_parser().parse_args(argv)
         status = args.handler(args)
         sys.stdout.flush()
     except BrokenPipeError:

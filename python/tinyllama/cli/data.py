@@ -10,7 +10,8 @@ from ..data.documents import SEPARATOR
 INPUTS = """\
 Inputs are files, folders or globs: .txt (documents end at a line <|endoftext|>; without one
 the file is one document), .jsonl, .json (a list of objects), .csv, .tsv and .parquet, each also
-with .gz or .zst. In records the text is --field, or else story, text or content.
+with .gz or .zst. Of folders and globs only these are read; a file named in full that ends in
+something else is read as .txt. In records the text is --field, or else story, text or content.
 """
 
 
@@ -21,7 +22,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="look at text, mend it, turn it into tokens",
         description="Look at text, mend it, and turn it into token shards.",
     )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    parser.set_defaults(handler=lambda args: parser.print_help())
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     _register_check(verbs)
     _register_prepare(verbs)
 

@@ -28,19 +28,19 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     target.add_argument(
         "--out",
         metavar="MODEL.gguf",
-        help="a GGUF file: what tinyllama, llama.cpp and Ollama run",
+        help="a GGUF file, ….gguf: what tinyllama, llama.cpp and Ollama run",
     )
     target.add_argument(
         "--to",
         nargs=2,
         metavar=("FORMAT", "PATH"),
-        help="hf: a folder for transformers; llama2c: a .bin (v0, or v2 for q8_0) and its"
-        " tokenizer.bin beside it; gguf: as --out",
+        help="hf: a folder for transformers, new or empty; llama2c: a .bin (v0, or v2 for q8_0)"
+        " and its tokenizer.bin beside it; gguf: as --out",
     )
     parser.add_argument(
         "--dtype",
-        help="f32, f16, bf16, q8_0 (8 bits and a scale per 32 weights: a quarter of f32's size) or"
-        " q4_0 (4 bits, the embedding and output 8: smaller and faster, a little less exact);"
+        help="f32, f16, bf16, q8_0 (8 bits a weight, a scale per 32 of them: 27 %% of f32's size)"
+        " or q4_0 (4 bits, the embedding and output 8: smaller and faster, a little less exact);"
         " default: the source's",
     )
     parser.add_argument(

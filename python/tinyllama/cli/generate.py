@@ -8,6 +8,7 @@ import json
 import sys
 from typing import TYPE_CHECKING, Any
 
+from ..data.documents import SEPARATOR
 from ..errors import ArgumentError
 from ..generation import MAX_LIVE, Completion
 from ..sampling import SamplingParams
@@ -20,6 +21,7 @@ EPILOG = """\
 examples:
   tinyllama generate "Once upon a time"
   tinyllama generate "Tom had a red ball." --temperature 0.8 --seed 7
+  echo "Once upon a time" | tinyllama generate -
   tinyllama generate "The cat" -m model.gguf --num-return-sequences 3 --stop "." --json
 """
 
@@ -29,12 +31,18 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "generate",
         help="continue a text",
-        description="Continue a text, or tell one from nothing, until the model ends it.\n\n"
-        + MODELS,
+        description="Continue a text, or tell one from nothing, until the model ends it. Between\n"
+        f"several texts (--num-return-sequences) stands a line {SEPARATOR}, as\n"
+        "`tinyllama data` and `tinyllama tokenizer train` read them.\n\n" + MODELS,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("prompt", nargs="?", default="", help="the text to continue")
+    parser.add_argument(
+        "prompt",
+        nargs="?",
+        default="",
+        help="the text to continue; - reads it from standard input, less a final line break",
+    )
     parser.add_argument("-m", "--model", help="default: the model that ships with the package")
     add_sampling_options(parser)
     output = parser.add_argument_group("output")
@@ -108,13 +116,26 @@ def run(args: argparse.Namespace) -> None:
     streamed = args.stream
     if streamed is None:
         streamed = sys.stdout.isatty() and not args.json and params.num_return_sequences == 1
+    if args.prompt == "-":
+        args.prompt = _read_prompt()
     model = open_model(args.model, args)
     if streamed:
-        for piece in model.stream(args.prompt, params=params):
-            print(piece, end="", flush=True)
+        try:
+            for piece in model.stream(args.prompt, params=params):
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            print(flush=True)
+            raise
         print()
         return
     _print_completions(model, args, params)
+
+
+def _read_prompt() -> str:
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"the prompt on standard input: {error}") from None
 
 
 def _print_completions(model: Model, args: argparse.Namespace, params: SamplingParams) -> None:
@@ -123,6 +144,7 @@ def _print_completions(model: Model, args: argparse.Namespace, params: SamplingP
     ready: dict[int, Completion] = {}
     bar = progress_bar(n, "texts") if n > MAX_LIVE and not sys.stdout.isatty() else None
     before = args.prompt if params.return_full_text else ""
+    utf8 = (sys.stdout.encoding or "").lower() == "utf-8"  # JSON has its own escapes for the rest
 
     def show(_: int, j: int, completion: Completion) -> None:
         nonlocal n_printed
@@ -132,9 +154,9 @@ def _print_completions(model: Model, args: argparse.Namespace, params: SamplingP
             text = before + following.text
             if args.json:
                 record = _record(args.prompt, dataclasses.replace(following, text=text))
-                print(json.dumps(record, ensure_ascii=False), flush=True)
+                print(json.dumps(record, ensure_ascii=not utf8), flush=True)
             else:
-                print("<|endoftext|>\n" * (n_printed > 0) + text, flush=True)
+                print(f"{SEPARATOR}\n" * (n_printed > 0) + text, flush=True)
             n_printed += 1
         if bar is not None:
             bar.update()

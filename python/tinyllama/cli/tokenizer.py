@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
 from .data import INPUTS, add_input_arguments
+
+if TYPE_CHECKING:
+    from ..formats.checkpoint import Vocabulary
+    from ..model import Tokenizer
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -14,7 +19,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="train a tokenizer, or look at one",
         description="Train a tokenizer, or see how one cuts a text.",
     )
-    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    parser.set_defaults(handler=lambda args: parser.print_help())
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB")
     _register_train(verbs)
     _register_show(verbs)
 
@@ -63,10 +69,17 @@ def _register_show(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="show the tokens of a text",
         description="Print the pieces a text is cut into, with their ids, and how many tokens\n"
         "a character and a byte cost. ▁ stands for a space.",
-        epilog='example:\n  tinyllama tokenizer show tok.model "Once upon a time"',
+        epilog='examples:\n  tinyllama tokenizer show "Once upon a time"\n'
+        '  tinyllama tokenizer show tok.model "Once upon a time"',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("tokenizer", metavar="TOK", help="a SentencePiece .model file")
+    parser.add_argument(
+        "tokenizer",
+        metavar="TOK",
+        nargs="?",
+        help="a .model file, a tokenizer.bin, or a model of any kind; default: the model that ships"
+        " with the package",
+    )
     parser.add_argument("text", metavar="TEXT")
     parser.set_defaults(handler=run_show)
 
@@ -90,13 +103,11 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def run_show(args: argparse.Namespace) -> None:
-    from pathlib import Path
+    from ..formats import read_vocabulary
+    from ..loading import bundled_model
 
-    from ..tokenizer import open_processor, read_sentencepiece
-
-    model = Path(args.tokenizer).read_bytes()
-    vocabulary = read_sentencepiece(model, source=args.tokenizer)
-    tokens = open_processor(model).encode(args.text)
+    vocabulary = read_vocabulary(args.tokenizer or bundled_model())
+    tokens = _native(vocabulary).encode(args.text, bos=False)
     print(" ".join(f"{vocabulary.pieces[token]}:{token}" for token in tokens))
     n_characters, n_bytes = len(args.text), len(args.text.encode())
     print(
@@ -104,3 +115,17 @@ def run_show(args: argparse.Namespace) -> None:
         f" {len(tokens) / max(n_characters, 1):.3f} tokens per character,"
         f" {len(tokens) / max(n_bytes, 1):.3f} per byte"
     )
+
+
+def _native(vocabulary: Vocabulary) -> Tokenizer:
+    """The core's tokenizer, which lives in a model: the smallest there is carries this one."""
+    import numpy as np
+
+    from ..config import Config
+    from ..formats.checkpoint import Checkpoint
+    from ..formats.gguf import gguf_bytes
+    from ..loading import load
+
+    config = Config(dim=2, n_layers=1, n_heads=1, vocab_size=len(vocabulary), max_seq_len=1)
+    tensors = {name: np.zeros(shape, np.float32) for name, shape in config.tensor_shapes().items()}
+    return load(gguf_bytes(Checkpoint(config, tensors, vocabulary))).tokenizer

@@ -29,13 +29,14 @@ class Documents:
     at its ends and may be empty. What a document is:
 
     - ``.txt``: what stands between lines that read ``separator``; without any, the whole file.
+      So is a file read whose name, given in full, ends in something unknown here.
     - ``.jsonl``, ``.json`` (a list of objects or of strings), ``.csv``/``.tsv`` (with a header)
       and ``.parquet``: the value of ``field`` in each record; without ``field``, the first of
       story, text and content that a record has.
 
     Each may end in ``.gz`` or ``.zst`` as well. A folder stands for all such files in it and
-    below, sorted; a file named twice is read once. Memory holds one document at a time, but for
-    ``.json``, which cannot be read in parts.
+    below, sorted, a glob for those that it matches; a file named twice is read once. Memory holds
+    one document at a time, but for ``.json``, which cannot be read in parts.
 
     ``replace_invalid``: bytes that are not UTF-8 are taken as Windows-1252, and the callable is
     told (where, offset); without it they are a FormatError, like every damaged file, missing
@@ -58,7 +59,7 @@ class Documents:
         #: bytes on disk in all files, and how many of them have been read: for progress bars
         self.size = sum(path.stat().st_size for path in self.paths)
         self._finished = 0
-        self._raw: BinaryIO | None = None
+        self._raw: io.BufferedReader | None = None
 
     @property
     def position(self) -> int:
@@ -80,14 +81,19 @@ class Documents:
                     self._raw = None
             self._finished += path.stat().st_size
 
-    def _read(self, path: Path, raw: BinaryIO) -> Iterator[tuple[str, str]]:
+    def _read(self, path: Path, raw: io.BufferedReader) -> Iterator[tuple[str, str]]:
         kind, compression = _kind(path)
         stream = _decompressed(raw, compression)
+        if kind is None and b"\0" in stream.peek(8192):  # as git tells them from text
+            raise FormatError(
+                f"{path}: unknown kind of file, and not text; known: {', '.join(KINDS)},"
+                f" each also with {' or '.join(COMPRESSIONS)} after it"
+            )
         if kind == "parquet":  # read from its end, so a compressed one has to be in memory
             file = io.BytesIO(stream.read()) if compression else raw
             return _read_parquet(file, self.field, path)
         lines = _lines(stream, path, self.replace_invalid)
-        if kind == "text":
+        if kind in ("text", None):
             return _read_text(lines, self.separator)
         if kind == "jsonl":
             return _read_jsonl(lines, self.field, path)
@@ -108,18 +114,13 @@ KINDS = {
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 
 
-def _kind(path: Path) -> tuple[str, str | None]:
+def _kind(path: Path) -> tuple[str | None, str | None]:
+    """What a name says of a file's kind and of its compression; None where it says nothing."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
     if compression:
         suffixes.pop()
-    kind = KINDS.get(suffixes[-1]) if suffixes else None
-    if kind is None:
-        raise FormatError(
-            f"{path}: unknown kind of file, expected {', '.join(KINDS)},"
-            f" or one of these with {' or '.join(COMPRESSIONS)} after it"
-        )
-    return kind, compression
+    return KINDS.get(suffixes[-1]) if suffixes else None, compression
 
 
 def find_files(inputs: PathLike | Iterable[PathLike]) -> list[Path]:
@@ -130,19 +131,16 @@ def find_files(inputs: PathLike | Iterable[PathLike]) -> list[Path]:
     for path in map(Path, inputs):
         name = str(path)
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.is_file() and _readable(file))
+            files = sorted(file for file in path.rglob("[!.]*") if _is_known_file(file))
             if not files:
                 raise ArgumentError(f"{name}: the folder holds no {', '.join(KINDS)} file")
         elif path.exists():
-            _kind(path)
             files = [path]
         elif glob.has_magic(name):
             files = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-            files = [file for file in files if file.is_file()]
+            files = [file for file in files if _is_known_file(file)]
             if not files:
-                raise FileNotFoundError(f"{name}: no file matches")
-            for file in files:
-                _kind(file)
+                raise FileNotFoundError(f"{name}: no file matches that ends in {', '.join(KINDS)}")
         else:
             raise FileNotFoundError(f"{name}: no such file or folder")
         found.update(dict.fromkeys(files))
@@ -151,15 +149,11 @@ def find_files(inputs: PathLike | Iterable[PathLike]) -> list[Path]:
     return list(found)
 
 
-def _readable(path: Path) -> bool:
-    try:
-        _kind(path)
-    except FormatError:
-        return False
-    return not path.name.startswith(".")
+def _is_known_file(path: Path) -> bool:
+    return path.is_file() and _kind(path)[0] is not None
 
 
-def _decompressed(raw: BinaryIO, compression: str | None) -> BinaryIO:
+def _decompressed(raw: io.BufferedReader, compression: str | None) -> io.BufferedReader:
     if compression == "gzip":
         return gzip.open(raw)  # type: ignore[return-value]
     if compression == "zstd":

@@ -155,7 +155,8 @@ def _open_folder(out: Path) -> Path:
     ours = parts.is_dir() or (out / "manifest.json").is_file()
     if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out}: exists and holds no prepared tokens; name a new folder")
-    parts.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)  # first, so that an error names this folder
+    parts.mkdir(exist_ok=True)
     for leftover in parts.glob(".*.part"):
         leftover.unlink()
     return parts

@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 
 from ..errors import ArgumentError, FormatError
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Vocabulary
 
-__all__ = ["read_checkpoint"]
+__all__ = ["read_checkpoint", "read_vocabulary"]
 
 KNOWN = (
     "known: a GGUF file, a Hugging Face folder (config.json, model.safetensors, tokenizer),"
@@ -57,6 +57,34 @@ def read_checkpoint(
     if suffix == ".safetensors":
         raise FormatError(f"{source}: only the weights of a model; give the folder it lies in")
     raise FormatError(f"{source}: unknown format (it begins {head!r}); {KNOWN}")
+
+
+def read_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
+    """The vocabulary of a SentencePiece ``.model``, of llama2.c's ``tokenizer.bin``, or of a model
+    that :func:`read_checkpoint` reads: of a GGUF file or a folder without its weights.
+
+    Raises OSError, and FormatError when it is of no known format or damaged.
+    """
+    path = Path(path)
+    if path.is_dir():
+        from .hf_tokenizer import load_tokenizer, read_json
+
+        folder = _model_folder(path)
+        return load_tokenizer(folder, read_json(folder / "config.json"))
+    if path.suffix == ".model":
+        from .sentencepiece import load_sentencepiece
+
+        return load_sentencepiece(path)
+    if path.name == "tokenizer.bin":
+        from .llama2c import read_tokenizer_bin
+
+        return read_tokenizer_bin(path)
+    with open(path, "rb") as stream:
+        if stream.read(4) == b"GGUF":
+            from .gguf_read import read_gguf_vocabulary
+
+            return read_gguf_vocabulary(path)
+    return read_checkpoint(path).vocabulary
 
 
 def _model_folder(folder: Path) -> Path:

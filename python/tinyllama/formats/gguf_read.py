@@ -72,6 +72,14 @@ def read_gguf(path: str | os.PathLike[str] | bytes) -> Checkpoint:
     return Checkpoint(config, tensors, vocabulary, dtype, source)
 
 
+def read_gguf_vocabulary(path: str | os.PathLike[str]) -> Vocabulary:
+    """The vocabulary of a GGUF file, without its weights. Raises FormatError as read_gguf does."""
+    from .._core import GgufReader
+
+    source = os.fspath(path)
+    return _vocabulary(_Keys(GgufReader(path=source).metadata(), source))
+
+
 class _Keys:
     """Metadata with typed look-ups; without a default a key is required."""
 

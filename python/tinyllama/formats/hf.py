@@ -84,17 +84,16 @@ def save_hf(checkpoint: Checkpoint, folder: PathLike, dtype: str = "f32") -> Non
     generation_config.json, model.safetensors, tokenizer.model, tokenizer.json,
     tokenizer_config.json, special_tokens_map.json.
 
-    All files appear at once, or none (see :func:`tinyllama.files.whole_folder`); other files of
-    an existing folder stay, but a sharded model in it is refused: its index would win over the
-    new weights. ``dtype``: "f32", "f16" or "bf16", of all tensors.
+    All files appear at once, or none, in a new or empty folder (see
+    :func:`tinyllama.files.whole_folder`). ``dtype``: "f32", "f16" or "bf16", of all tensors.
 
-    Raises ArgumentError for another dtype or a sharded model, NonFiniteError when a weight is NaN
-    or infinite or becomes so, FormatError when the tokenizer has no SentencePiece form.
+    Raises ArgumentError for another dtype, OSError when the folder is not empty or cannot be
+    written, NonFiniteError when a weight is NaN or infinite or becomes so, FormatError when the
+    tokenizer has no SentencePiece form.
     """
     if dtype not in _TORCH_DTYPES:
         raise ArgumentError(f"dtype is {dtype!r}; a Hugging Face folder takes f32, f16 or bf16")
     folder = Path(os.path.realpath(folder))
-    refuse_shards(folder)
     texts: dict[str, bytes] = tokenizer_files(checkpoint.vocabulary, checkpoint.config)
     texts["config.json"] = to_json(_config_fields(checkpoint, dtype))
     texts["generation_config.json"] = to_json(_generation_fields(checkpoint))
@@ -102,13 +101,6 @@ def save_hf(checkpoint: Checkpoint, folder: PathLike, dtype: str = "f32") -> Non
         for name, data in texts.items():
             (temporary / name).write_bytes(data)
         _write_tensors(temporary / "model.safetensors", checkpoint, dtype)
-
-
-def refuse_shards(folder: Path) -> None:
-    """Raises ArgumentError when a sharded model lies in ``folder``."""
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        raise ArgumentError(f"{index} belongs to a sharded model; choose another folder")
 
 
 def hf_name(name: str) -> str:

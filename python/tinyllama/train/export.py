@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import ArgumentError, ExportError
-from ..files import whole_file, whole_folder
+from ..files import check_place, whole_file, whole_folder
 from ..formats import read_checkpoint
 from ..formats.checkpoint import Checkpoint
 from ..formats.gguf import gguf_bytes, write_gguf
@@ -29,7 +29,8 @@ PathLike: TypeAlias = "str | os.PathLike[str]"
 Logits: TypeAlias = "npt.NDArray[np.float32]"
 Oracle: TypeAlias = "Callable[[list[int]], Logits]"
 
-FORMATS = ("gguf", "hf", "llama2c")
+# What can be written, and how the name of its file ends; "hf" is a folder.
+FORMATS = {"gguf": ".gguf", "hf": "", "llama2c": ".bin"}
 MAX_TOKENS = 2048  # enough for a steady figure; the check of 15M parameters stays at seconds
 
 # float32 only sums in another order. The rest loses precision; a model that still foretells this
@@ -95,21 +96,24 @@ def export(
     """Write the model ``source`` as ``out`` and prove that it is the same model.
 
     ``source``: whatever ``read_checkpoint`` reads, a training run's folder too; ``tokenizer`` for
-    llama2.c's files. ``to``: "gguf" (a file; dtype f32, f16, bf16, q8_0 or q4_0, default: the
-    source's), "hf" (a folder; f32, f16 or bf16, default: the source's, f32 for q8_0 and q4_0), or
-    "llama2c" (a file and ``tokenizer.bin`` beside it; f32 writes v0, which run.c reads, q8_0 v2,
-    for runq.c; default f32). ``texts``: what the check reads, up to 2048 tokens; default: a short
-    story.
+    llama2.c's files. ``to``: "gguf" (a file ….gguf; dtype f32, f16, bf16, q8_0 or q4_0, default:
+    the source's), "hf" (a new or empty folder; f32, f16 or bf16, default: the source's, f32 for
+    q8_0 and q4_0), or "llama2c" (a file ….bin and ``tokenizer.bin`` beside it; f32 writes v0, which
+    run.c reads, q8_0 v2, for runq.c; default f32). ``texts``: what the check reads, up to 2048
+    tokens; default: a short story.
 
     Raises ExportError when the written model computes something else; then, as after any other
     error, nothing is left and what stood at ``out`` stays. The bounds: in f32, logits within 1e-3
     of the largest; in q4_0, perplexity within 10 % and a mean divergence of 0.2 nats per token;
     else 2 % and 0.02.
-    Raises ArgumentError for unknown formats, dtypes or too little text, and what readers and
-    writers of the formats raise.
+    Raises ArgumentError for unknown formats, dtypes, a name that does not fit the format, or too
+    little text, OSError for a place that cannot be written, both before any work, and what readers
+    and writers of the formats raise.
     """
     if to not in FORMATS:
         raise ArgumentError(f"to is {to!r}; known: {', '.join(FORMATS)}")
+    _check_name(Path(out), to)
+    check_place(out, folder=to == "hf")
     checkpoint = read_checkpoint(source, tokenizer=tokenizer)
     dtype = _default_dtype(checkpoint, to) if dtype is None else dtype
     name, oracle = _oracle(checkpoint)
@@ -131,6 +135,16 @@ def export(
 Check: TypeAlias = "Callable[[Model, Path], Report]"
 
 
+def _check_name(out: Path, to: str) -> None:
+    """Raises ArgumentError for a name that promises another format than ``to``."""
+    suffix = out.suffix.lower()
+    promised = next((name for name, end in FORMATS.items() if end and end == suffix), None)
+    if promised != to and (promised or to != "hf"):
+        place = f"a file whose name ends in {FORMATS[to]}" if FORMATS[to] else "a folder"
+        hint = f" (`--to {promised} {out}` would write what the name says)" if promised else ""
+        raise ArgumentError(f"{out}: {to} is written to {place}{hint}")
+
+
 def _default_dtype(checkpoint: Checkpoint, to: str) -> str:
     if to == "llama2c" or (to == "hf" and checkpoint.dtype in ("q8_0", "q4_0")):
         return "f32"
@@ -145,9 +159,8 @@ def _to_gguf(checkpoint: Checkpoint, out: Path, dtype: str, check: Check) -> Rep
 
 
 def _to_hf(checkpoint: Checkpoint, out: Path, dtype: str, check: Check) -> Report:
-    from ..formats.hf import load_hf, refuse_shards, save_hf
+    from ..formats.hf import load_hf, save_hf
 
-    refuse_shards(out)
     with whole_folder(out) as part:
         save_hf(checkpoint, part, dtype)
         read_back = load_hf(part)
