@@ -5,18 +5,22 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "kernels/cpu.h"
+#include "kv_cache.h"
 #include "model.h"
 #include "parallel.h"
 #include "session.h"
 
 namespace py = pybind11;
 using namespace tinyllama;
+
+void bind_kernels(py::module_& m);  // bindings_kernels.cpp
 
 namespace {
 
@@ -57,23 +61,6 @@ void translate_error(std::exception_ptr pointer) {
 void check_signals() {
     const py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
-
-std::string join_isas() {
-    std::string names;
-    for (const char* const* name = supported_isas(); *name != nullptr; ++name) {
-        names += names.empty() ? *name : std::string(", ") + *name;
-    }
-    return names;
-}
-
-const KernelTable& kernels_named(const std::string& isa) {
-    const KernelTable* kernels = find_kernels(isa.c_str());
-    if (kernels == nullptr) {
-        throw Error(Status::invalid_argument,
-                    "isa is '" + isa + "'; this CPU can run: auto, " + join_isas());
-    }
-    return *kernels;
 }
 
 FileBytes open_bytes(const py::object& path, const py::object& data) {
@@ -149,14 +136,14 @@ py::array gguf_tensor_bytes(const std::shared_ptr<GgufReader>& reader, const std
 
 std::shared_ptr<const Model> open_model(const py::object& path, const py::object& data,
                                         std::string name, int n_threads, const std::string& isa,
-                                        std::int32_t max_seq_len) {
+                                        const std::string& kv_dtype, std::int32_t max_seq_len) {
     if (path.is_none() == data.is_none()) {
         throw Error(Status::invalid_argument, "give either path or data");
     }
     if (name.empty()) name = path.is_none() ? "model" : path.cast<std::string>();
-    FileBytes bytes = open_bytes(path, data);
+    const FileBytes bytes = open_bytes(path, data);
     const py::gil_scoped_release release;
-    return Model::open(std::move(bytes), name, {n_threads, isa, max_seq_len});
+    return Model::open(bytes, name, {n_threads, isa, kv_dtype, max_seq_len});
 }
 
 py::dict config_dict(const Model& model) {
@@ -178,17 +165,16 @@ py::dict config_dict(const Model& model) {
 }
 
 py::dict info_dict(const Model& model) {
-    const Config& c = model.config();
     py::dict result;
     result["path"] = model.name();
-    result["dtype"] = dtype_name(model.weights().lm_head.dtype);
+    result["dtype"] = dtype_name(model.weights().layers.front().wq.dtype);
     result["isa"] = model.kernels().name;
     result["n_threads"] = model.n_threads();
     result["openmp"] = has_openmp();
     result["parameters"] = model.weights().n_parameters;
     result["bytes"] = model.weights().n_bytes;
-    result["kv_bytes_per_token"] =
-        2 * static_cast<std::int64_t>(sizeof(float)) * c.n_layers * c.kv_dim();
+    result["kv_dtype"] = kv_type_name(model.kv_layout().type);
+    result["kv_bytes_per_token"] = model.kv_layout().bytes_per_position();
     return result;
 }
 
@@ -234,87 +220,6 @@ py::array_t<double> score_tokens(Session& session, const Tokens& tokens) {
         scores = score(session, tokens, check_signals);
     }
     return py::array_t<double>(static_cast<py::ssize_t>(scores.size()), scores.data());
-}
-
-void require(bool condition, const char* message) {
-    if (!condition) throw Error(Status::invalid_argument, message);
-}
-
-py::array_t<float> kernel_matmul(const std::string& isa, const std::string& dtype,
-                                 const py::array& weights, std::int64_t rows, std::int64_t cols,
-                                 const Array<float>& x, std::int64_t begin, std::int64_t end) {
-    const KernelTable& k = kernels_named(isa);
-    if (end < 0) end = rows;
-    require(x.ndim() == 2 && x.shape(1) == cols, "x must be (n_tokens, cols)");
-    require(0 <= begin && begin <= end && end <= rows, "begin and end must lie in [0, rows]");
-    require((weights.flags() & py::array::c_style) != 0, "weights must be contiguous");
-    const std::int64_t n_tokens = x.shape(0);
-    const auto n_bytes = static_cast<std::int64_t>(weights.nbytes());
-    py::array_t<float> y({n_tokens, rows});
-    std::fill(y.mutable_data(), y.mutable_data() + y.size(), 0.0f);
-    if (dtype == "f32") {
-        require(n_bytes == rows * cols * 4, "weights have the wrong size");
-        k.matmul_f32(y.mutable_data(), rows, static_cast<const float*>(weights.data()), cols,
-                     x.data(), cols, n_tokens, begin, end);
-    } else if (dtype == "bf16") {
-        require(n_bytes == rows * cols * 2, "weights have the wrong size");
-        k.matmul_bf16(y.mutable_data(), rows, static_cast<const std::uint16_t*>(weights.data()),
-                      cols, x.data(), cols, n_tokens, begin, end);
-    } else {
-        require(dtype == "q8_0" && cols % 32 == 0, "dtype must be f32, bf16 or q8_0");
-        require(n_bytes == rows * cols / 32 * 34, "weights have the wrong size");
-        std::vector<ActQ8> quantized(static_cast<std::size_t>(n_tokens * cols / 32));
-        for (std::int64_t t = 0; t < n_tokens; ++t) {
-            k.quantize_q8(quantized.data() + t * cols / 32, x.data() + t * cols, cols);
-        }
-        k.matmul_q8_0(y.mutable_data(), rows, static_cast<const BlockQ8_0*>(weights.data()), cols,
-                      quantized.data(), cols / 32, n_tokens, begin, end);
-    }
-    return y;
-}
-
-py::array_t<float> kernel_unary(const std::string& isa, const std::string& name,
-                                const py::args& arrays, float scalar) {
-    const KernelTable& k = kernels_named(isa);
-    std::vector<Array<float>> in;
-    for (const py::handle& array : arrays)
-        in.push_back(py::cast<Array<float>>(array));
-    require(!in.empty(), "no input");
-    py::array_t<float> out(std::vector<py::ssize_t>(in[0].shape(), in[0].shape() + in[0].ndim()));
-    std::copy(in[0].data(), in[0].data() + in[0].size(), out.mutable_data());
-    const std::int64_t n = in[0].size();
-    if (name == "rms_norm") {
-        require(in.size() == 2 && in[1].size() == n, "rms_norm takes x, weight");
-        k.rms_norm(out.mutable_data(), in[0].data(), in[1].data(), n, scalar);
-    } else if (name == "rope") {
-        require(in.size() == 3 && in[0].ndim() == 2 && in[1].size() * 2 == in[0].shape(1) &&
-                    in[2].size() == in[1].size(),
-                "rope takes x (n_heads, head_dim), cos, sin");
-        k.rope(out.mutable_data(), in[1].data(), in[2].data(), in[0].shape(0), in[0].shape(1));
-    } else if (name == "swiglu") {
-        require(in.size() == 2 && in[1].size() == n, "swiglu takes gate, up");
-        k.swiglu(out.mutable_data(), in[0].data(), in[1].data(), n);
-    } else if (name == "add") {
-        require(in.size() == 2 && in[1].size() == n, "add takes x, y");
-        k.add(out.mutable_data(), in[1].data(), n);
-    } else if (name == "attend") {
-        require(in.size() == 3 && in[1].ndim() == 2 && in[1].shape(1) == n &&
-                    in[2].size() == in[1].size(),
-                "attend takes q (head_dim,), k (n, head_dim), v (n, head_dim)");
-        std::vector<float> scores(static_cast<std::size_t>(in[1].shape(0)));
-        k.attend(out.mutable_data(), in[0].data(), in[1].data(), in[2].data(), n, in[1].shape(0), n,
-                 scores.data());
-    } else {
-        require(name == "quantize_q8" && n % 32 == 0,
-                "unknown kernel, or size not a multiple of 32");
-        std::vector<ActQ8> blocks(static_cast<std::size_t>(n / 32));
-        k.quantize_q8(blocks.data(), in[0].data(), n);
-        for (std::int64_t i = 0; i < n; ++i) {
-            const ActQ8& block = blocks[static_cast<std::size_t>(i / 32)];
-            out.mutable_data()[i] = block.scale * static_cast<float>(block.q[i % 32]);
-        }
-    }
-    return out;
 }
 
 void bind_text(py::module_& m) {
@@ -371,12 +276,14 @@ void bind_model(py::module_& m) {
     // are bound.
     py::class_<Model, std::shared_ptr<Model>>(m, "Model")
         .def(py::init([](const py::object& path, const py::object& data, const std::string& name,
-                         int n_threads, const std::string& isa, std::int32_t max_seq_len) {
+                         int n_threads, const std::string& isa, const std::string& kv_dtype,
+                         std::int32_t max_seq_len) {
                  return std::const_pointer_cast<Model>(
-                     open_model(path, data, name, n_threads, isa, max_seq_len));
+                     open_model(path, data, name, n_threads, isa, kv_dtype, max_seq_len));
              }),
              py::arg("path") = py::none(), py::arg("data") = py::none(), py::arg("name") = "",
-             py::arg("n_threads") = 0, py::arg("isa") = "", py::arg("max_seq_len") = 0)
+             py::arg("n_threads") = 0, py::arg("isa") = "", py::arg("kv_dtype") = "",
+             py::arg("max_seq_len") = 0)
         .def_property_readonly("tokenizer", &Model::tokenizer,
                                py::return_value_policy::reference_internal)
         .def_property_readonly("config", &config_dict)
@@ -412,6 +319,8 @@ void bind_model(py::module_& m) {
         },
         py::arg("session"), py::arg("params"), py::arg("text") = nullptr,
         py::call_guard<py::gil_scoped_release>());
+    m.def("logprob", &Session::log_probability, py::arg("session"), py::arg("token"),
+          py::call_guard<py::gil_scoped_release>());
     m.def("top_logprobs", &Session::top_log_probabilities, py::arg("session"), py::arg("n"),
           py::call_guard<py::gil_scoped_release>());
     m.def("score", &score_tokens, py::arg("session"), py::arg("tokens"));
@@ -434,9 +343,5 @@ PYBIND11_MODULE(_core, m) {
     m.def("has_openmp", &has_openmp);
     bind_text(m);
     bind_model(m);
-    m.def("kernel_matmul", &kernel_matmul, py::arg("isa"), py::arg("dtype"), py::arg("weights"),
-          py::arg("rows"), py::arg("cols"), py::arg("x"), py::arg("begin") = 0,
-          py::arg("end") = -1);
-    m.def("kernel_unary", &kernel_unary, py::arg("isa"), py::arg("name"), py::kw_only(),
-          py::arg("scalar") = 0.0f);
+    bind_kernels(m);
 }

@@ -6,20 +6,55 @@
 //     x += Wo attention(q, all keys so far, all values so far)
 //     h = rms_norm(x);  x += Wdown (silu(Wgate h) * (Wup h))
 //   logits = Whead rms_norm(x)
+//
+// All threads run the whole of it side by side, each doing its share of every step, and wait for
+// one another (barrier) where a step reads what others wrote.
 
 #include "forward.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <initializer_list>
 
+#include "packing.h"
 #include "parallel.h"
 
 namespace tinyllama {
 namespace {
 
 // Below this many multiply-adds a second thread costs more than it saves.
-constexpr std::int64_t min_work_per_thread = 1 << 17;
+constexpr std::int64_t min_work_per_thread = 1 << 19;
+// Queries that attention is given at once.
+constexpr std::int64_t max_queries = 32;
+// Panels of the output head computed before their logits are handed out: they stay in a near cache.
+constexpr std::int64_t head_panels = 8;
+
+std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+std::int64_t n_panels(const Matrix& w) { return (w.rows + panel_rows - 1) / panel_rows; }
+
+// The forms of one input that the matrices reading it ask for, beside floats.
+struct Forms {
+    bool bf16 = false;
+    bool q8 = false;
+    Forms(std::initializer_list<const Matrix*> readers) {
+        for (const Matrix* w : readers) {
+            bf16 = bf16 || w->dtype == DType::bf16;
+            q8 = q8 || w->dtype == DType::q8_0 || w->dtype == DType::q4_0;
+        }
+    }
+};
+
+void fit(Activations* a, std::int64_t n, std::int64_t width, const Forms& forms) {
+    const auto size = [n](std::int64_t per_row) { return static_cast<std::size_t>(n * per_row); };
+    a->values.resize(size(width));
+    if (forms.bf16) a->bf16.resize(size(round_up(width, block_size)));
+    if (!forms.q8) return;
+    a->q8.resize(size(round_up(width, 64)));
+    a->scales.resize(size(width / block_size));
+    a->sums.resize(size(width / block_size));
+}
 
 class Pass {
 public:
@@ -30,233 +65,294 @@ public:
           rows_(rows),
           ws_(workspace),
           tap_(tap),
-          n_(static_cast<std::int64_t>(rows.size())) {}
-
-    void run() {
+          n_(static_cast<std::int64_t>(rows.size())) {
+        for (std::int64_t row = 0; row < n_; ++row) {
+            if (at(row).logits != nullptr) wanted_.push_back(row);
+            if (row == 0 || at(row).cache != at(row - 1).cache) timelines_.push_back({row, row});
+            timelines_.back().end = row + 1;
+        }
         allocate();
-        embed();
-        compute_rope_tables();
-        for (std::int32_t layer = 0; layer < c_.n_layers; ++layer) {
-            if (tap_ != nullptr) prefix_ = "layers." + std::to_string(layer) + ".";
-            const LayerWeights& w = model_.weights().layers[static_cast<std::size_t>(layer)];
-            attention(layer, w);
-            feed_forward(w);
-        }
-        output();
     }
 
-private:
-    void attention(std::int32_t layer, const LayerWeights& w) {
-        norm(w.attn_norm);
-        show("attn_norm", ws_.normed, c_.dim);
-        quantize_for(w.wq, ws_.normed);
-        matmul(w.wq, ws_.normed, ws_.q);
-        quantize_for(w.wk, ws_.normed, &w.wq);
-        matmul(w.wk, ws_.normed, ws_.k);
-        quantize_for(w.wv, ws_.normed, &w.wk);
-        matmul(w.wv, ws_.normed, ws_.v);
-        rotate_and_store(layer);
-        show("q", ws_.q, c_.q_dim());
-        show("k", ws_.k, c_.kv_dim());
-        show("v", ws_.v, c_.kv_dim());
-        attend(layer);
-        show("attn", ws_.heads, c_.q_dim());
-        quantize_for(w.wo, ws_.heads);
-        matmul(w.wo, ws_.heads, ws_.out);
-        add_to_residual();
-        show("attn_out", ws_.x, c_.dim);
-    }
-
-    void feed_forward(const LayerWeights& w) {
-        norm(w.ffn_norm);
-        show("ffn_norm", ws_.normed, c_.dim);
-        quantize_for(w.w_gate, ws_.normed);
-        matmul(w.w_gate, ws_.normed, ws_.gate);
-        quantize_for(w.w_up, ws_.normed, &w.w_gate);
-        matmul(w.w_up, ws_.normed, ws_.up);
-        for_rows(c_.hidden_dim, [&](std::int64_t row) {
-            float* gate = ws_.gate.data() + row * c_.hidden_dim;
-            k_.swiglu(gate, gate, ws_.up.data() + row * c_.hidden_dim, c_.hidden_dim);
-        });
-        show("ffn_hidden", ws_.gate, c_.hidden_dim);
-        quantize_for(w.w_down, ws_.gate);
-        matmul(w.w_down, ws_.gate, ws_.out);
-        add_to_residual();
-        show("ffn_out", ws_.x, c_.dim);
-    }
-
-    // Only rows whose logits somebody asked for take part.
-    void output() {
-        std::int64_t n_wanted = 0;
-        for (std::int64_t row = 0; row < n_; ++row) {
-            if (rows_[static_cast<std::size_t>(row)].logits == nullptr) continue;
-            if (row != n_wanted) {
-                std::memcpy(ws_.x.data() + n_wanted * c_.dim, ws_.x.data() + row * c_.dim,
-                            static_cast<std::size_t>(c_.dim) * sizeof(float));
-            }
-            ++n_wanted;
-        }
-        if (n_wanted == 0) return;
-        n_ = n_wanted;
-        prefix_.clear();
-        norm(model_.weights().final_norm);
-        show("final_norm", ws_.normed, c_.dim);
-        ws_.logits.resize(static_cast<std::size_t>(n_) * static_cast<std::size_t>(c_.vocab_size));
-        quantize_for(model_.weights().lm_head, ws_.normed);
-        matmul(model_.weights().lm_head, ws_.normed, ws_.logits);
-        show("logits", ws_.logits, c_.vocab_size);
-        const float* logits = ws_.logits.data();
-        for (const Row& row : rows_) {
-            if (row.logits == nullptr) continue;
-            std::memcpy(row.logits, logits,
-                        static_cast<std::size_t>(c_.vocab_size) * sizeof(float));
-            logits += c_.vocab_size;
-        }
-    }
-
-    void embed() {
-        for (std::int64_t row = 0; row < n_; ++row) {
-            dequantize_row(model_.weights().tok_embed, rows_[static_cast<std::size_t>(row)].token,
-                           ws_.x.data() + row * c_.dim);
-        }
-        prefix_.clear();
-        show("tok_embed", ws_.x, c_.dim);
-    }
-
-    // The angle of pair i at position p is p * rope_theta^(-2i / head_dim) / rope_factors[i]
-    // (Su et al., arXiv 2104.09864), in double because p can be large.
-    void compute_rope_tables() {
-        const std::int64_t n_pairs = c_.head_dim / 2;
-        for (std::int64_t i = 0; i < n_pairs; ++i) {
-            const double exponent = -2.0 * static_cast<double>(i) / c_.head_dim;
-            const double frequency =
-                std::pow(static_cast<double>(c_.rope_theta), exponent) /
-                static_cast<double>(c_.rope_factors[static_cast<std::size_t>(i)]);
-            for (std::int64_t row = 0; row < n_; ++row) {
-                const double angle = rows_[static_cast<std::size_t>(row)].pos * frequency;
-                const auto at = static_cast<std::size_t>(row * n_pairs + i);
-                ws_.cos[at] = static_cast<float>(std::cos(angle));
-                ws_.sin[at] = static_cast<float>(std::sin(angle));
-            }
-        }
-    }
-
-    void norm(const float* weight) {
-        for_rows(c_.dim, [&](std::int64_t row) {
-            k_.rms_norm(ws_.normed.data() + row * c_.dim, ws_.x.data() + row * c_.dim, weight,
-                        c_.dim, c_.norm_eps);
-        });
-    }
-
-    void rotate_and_store(std::int32_t layer) {
-        const std::int64_t n_pairs = c_.head_dim / 2;
-        for_rows(c_.q_dim(), [&](std::int64_t r) {
-            const Row& row = rows_[static_cast<std::size_t>(r)];
-            const float* cos = ws_.cos.data() + r * n_pairs;
-            const float* sin = ws_.sin.data() + r * n_pairs;
-            float* k = ws_.k.data() + r * c_.kv_dim();
-            k_.rope(ws_.q.data() + r * c_.q_dim(), cos, sin, c_.n_heads, c_.head_dim);
-            k_.rope(k, cos, sin, c_.n_kv_heads, c_.head_dim);
-            const std::int64_t at = static_cast<std::int64_t>(row.pos) * c_.kv_dim();
-            const std::size_t n_bytes = static_cast<std::size_t>(c_.kv_dim()) * sizeof(float);
-            std::memcpy(row.cache->keys(layer) + at, k, n_bytes);
-            std::memcpy(row.cache->values(layer) + at, ws_.v.data() + r * c_.kv_dim(), n_bytes);
-        });
-    }
-
-    // Every head of every row looks back over its own timeline; n_heads / n_kv_heads query heads
-    // share a key head (Ainslie et al., arXiv 2305.13245).
-    void attend(std::int32_t layer) {
-        const std::int64_t group = c_.n_heads / c_.n_kv_heads;
-        const auto scores_stride = static_cast<std::int64_t>(longest_);
-        const std::int64_t work = n_ * scores_stride * c_.q_dim() * 2;
-        parallel_for(threads_for(work), n_ * c_.n_heads,
-                     [&](std::int64_t begin, std::int64_t end, int thread) {
-                         float* scores = ws_.scores.data() + thread * scores_stride;
-                         for (std::int64_t i = begin; i < end; ++i) {
-                             const Row& row = rows_[static_cast<std::size_t>(i / c_.n_heads)];
-                             const std::int64_t kv_head = (i % c_.n_heads) / group;
-                             k_.attend(ws_.heads.data() + i * c_.head_dim,
-                                       ws_.q.data() + i * c_.head_dim,
-                                       row.cache->keys(layer) + kv_head * c_.head_dim,
-                                       row.cache->values(layer) + kv_head * c_.head_dim,
-                                       c_.kv_dim(), row.pos + 1, c_.head_dim, scores);
-                         }
-                     });
-    }
-
-    void add_to_residual() {
-        for_rows(c_.dim, [&](std::int64_t row) {
-            k_.add(ws_.x.data() + row * c_.dim, ws_.out.data() + row * c_.dim, c_.dim);
-        });
-    }
-
-    // q8_0 weights meet int8 activations; matrices of one input share them (`before` was served).
-    void quantize_for(const Matrix& w, const std::vector<float>& input,
-                      const Matrix* before = nullptr) {
-        if (w.dtype != DType::q8_0 || (before != nullptr && before->dtype == DType::q8_0)) return;
-        const std::int64_t blocks = w.cols / 32;
-        ws_.quantized.resize(static_cast<std::size_t>(n_ * blocks));
-        for_rows(w.cols, [&](std::int64_t row) {
-            k_.quantize_q8(ws_.quantized.data() + row * blocks, input.data() + row * w.cols,
-                           w.cols);
-        });
-    }
-
-    // y (n, rows) = input (n, cols) times the transpose of w (rows, cols).
-    void matmul(const Matrix& w, const std::vector<float>& input, std::vector<float>& y) {
-        const float* x = input.data();
-        parallel_for(
-            threads_for(n_ * w.rows * w.cols), w.rows,
-            [&](std::int64_t begin, std::int64_t end, int) {
-                if (w.dtype == DType::f32) {
-                    k_.matmul_f32(y.data(), w.rows, static_cast<const float*>(w.data), w.cols, x,
-                                  w.cols, n_, begin, end);
-                } else if (w.dtype == DType::bf16) {
-                    k_.matmul_bf16(y.data(), w.rows, static_cast<const std::uint16_t*>(w.data),
-                                   w.cols, x, w.cols, n_, begin, end);
-                } else {
-                    k_.matmul_q8_0(y.data(), w.rows, static_cast<const BlockQ8_0*>(w.data), w.cols,
-                                   ws_.quantized.data(), w.cols / 32, n_, begin, end);
-                }
-            });
-    }
-
-    template <typename Body>
-    void for_rows(std::int64_t width, const Body& body) {
-        parallel_for(threads_for(n_ * width), n_, [&](std::int64_t begin, std::int64_t end, int) {
-            for (std::int64_t row = begin; row < end; ++row)
-                body(row);
-        });
-    }
-
-    int threads_for(std::int64_t work) const {
+    int n_threads() const {
+        if (tap_ != nullptr) return 1;
+        const auto work = n_ * static_cast<std::int64_t>(model_.weights().n_parameters);
         return static_cast<int>(
             std::clamp<std::int64_t>(work / min_work_per_thread, 1, model_.n_threads()));
     }
 
-    void show(const char* stage, const std::vector<float>& values, std::int64_t width) const {
-        if (tap_ != nullptr) (*tap_)(prefix_ + stage, values.data(), n_, width);
+    void run(const Team& team) {
+        embed(team);
+        for (std::int32_t layer = 0; layer < c_.n_layers; ++layer) {
+            const LayerWeights& w = model_.weights().layers[static_cast<std::size_t>(layer)];
+            attention(team, layer, w);
+            feed_forward(team, layer, w);
+        }
+        output(team);
+    }
+
+private:
+    void embed(const Team& team) {
+        const Matrix& table = model_.weights().tok_embed;
+        const std::int64_t n_pairs = c_.head_dim / 2;
+        const std::vector<double>& frequencies = model_.rope_frequencies();
+        const Range mine = team.share(n_);
+        for (std::int64_t row = mine.begin; row < mine.end; ++row) {
+            unpack_row(table.dtype, table.panels, at(row).token, x(row));
+            for (std::int64_t i = 0; i < n_pairs; ++i) {
+                const double angle = at(row).pos * frequencies[static_cast<std::size_t>(i)];
+                const auto to = static_cast<std::size_t>(row * n_pairs + i);
+                ws_.cos[to] = static_cast<float>(std::cos(angle));
+                ws_.sin[to] = static_cast<float>(std::sin(angle));
+            }
+        }
+        team.barrier();
+        show("tok_embed", ws_.x, c_.dim);
+    }
+
+    void attention(const Team& team, std::int32_t layer, const LayerWeights& w) {
+        const Activations& h = norm(team, ws_.normed, w.attn_norm, {&w.wq, &w.wk, &w.wv}, n_);
+        show("attn_norm", h.values, c_.dim, layer);
+        matmuls(team, h, {{&w.wq, ws_.q.data()}, {&w.wk, ws_.k.data()}, {&w.wv, ws_.v.data()}});
+        team.barrier();
+        const auto n_timelines = static_cast<std::int64_t>(timelines_.size());
+        const Range mine = team.share(n_timelines * c_.n_kv_heads);
+        for (std::int64_t unit = mine.begin; unit < mine.end; ++unit) {
+            attend(layer, timelines_[static_cast<std::size_t>(unit / c_.n_kv_heads)],
+                   unit % c_.n_kv_heads);
+        }
+        team.barrier();
+        show("q", ws_.q, c_.q_dim(), layer);
+        show("k", ws_.k, c_.kv_dim(), layer);
+        show("v", ws_.v, c_.kv_dim(), layer);
+        show("attn", ws_.heads[0].values, c_.q_dim(), layer);
+        add_product(team, w.wo, convert_heads(team, w.wo));
+        show("attn_out", ws_.x, c_.dim, layer);
+    }
+
+    // One key head of one timeline, and the n_heads / n_kv_heads query heads that share it (Ainslie
+    // et al., arXiv 2305.13245): keys and values of the new rows go into the cache, then every
+    // query looks back over all positions up to its own.
+    void attend(std::int32_t layer, const Range& timeline, std::int64_t kv_head) {
+        const std::int64_t n_pairs = c_.head_dim / 2;
+        const std::int64_t group = c_.n_heads / c_.n_kv_heads;
+        const KvHead cache =
+            at(timeline.begin).cache->head(layer, static_cast<std::int32_t>(kv_head));
+        for (std::int64_t row = timeline.begin; row < timeline.end; ++row) {
+            const float* cos = ws_.cos.data() + row * n_pairs;
+            const float* sin = ws_.sin.data() + row * n_pairs;
+            const std::int64_t kv = row * c_.kv_dim() + kv_head * c_.head_dim;
+            k_.rope(query(row, kv_head * group), cos, sin, group, c_.head_dim);
+            k_.rope(ws_.k.data() + kv, cos, sin, 1, c_.head_dim);
+            k_.store_kv(cache, at(row).pos, ws_.k.data() + kv, ws_.v.data() + kv);
+        }
+        const float* q[max_queries];
+        float* out[max_queries];
+        std::int32_t n_positions[max_queries];
+        std::int64_t n = 0;
+        for (std::int64_t row = timeline.begin; row < timeline.end; ++row) {
+            for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+                q[n] = query(row, head);
+                out[n] = ws_.heads[0].values.data() + row * c_.q_dim() + head * c_.head_dim;
+                n_positions[n] = at(row).pos + 1;
+                if (++n < max_queries) continue;
+                k_.attend(out, q, n_positions, n, cache);
+                n = 0;
+            }
+        }
+        if (n > 0) k_.attend(out, q, n_positions, n, cache);
+    }
+
+    // silu(Wgate h) * (Wup h), 32 units at a time, so that whoever computed them also brings them
+    // into the form that Wdown reads.
+    void feed_forward(const Team& team, std::int32_t layer, const LayerWeights& w) {
+        const Activations& h = norm(team, ws_.normed, w.ffn_norm, {&w.w_gate, &w.w_up}, n_);
+        show("ffn_norm", h.values, c_.dim, layer);
+        constexpr std::int64_t panels = block_size / panel_rows;
+        const Range mine = team.share(round_up(c_.hidden_dim, block_size) / block_size);
+        const Range both{mine.begin * panels, std::min(mine.end * panels, n_panels(w.w_gate))};
+        Activations& hidden = ws_.hidden;
+        if (mine.begin < mine.end) {
+            matmul(w.w_gate, h, {hidden.values.data(), c_.hidden_dim, false}, n_, both);
+            matmul(w.w_up, h, {ws_.up.data(), c_.hidden_dim, false}, n_, both);
+            const Range units{mine.begin * block_size,
+                              std::min<std::int64_t>(mine.end * block_size, c_.hidden_dim)};
+            for (std::int64_t row = 0; row < n_; ++row) {
+                float* gate = hidden.values.data() + row * c_.hidden_dim + units.begin;
+                k_.swiglu(gate, gate, ws_.up.data() + row * c_.hidden_dim + units.begin,
+                          units.end - units.begin);
+                convert(&hidden, row, c_.hidden_dim, {&w.w_down}, units);
+            }
+        }
+        team.barrier();
+        show("ffn_hidden", hidden.values, c_.hidden_dim, layer);
+        add_product(team, w.w_down, hidden);
+        show("ffn_out", ws_.x, c_.dim, layer);
+    }
+
+    // Only rows whose logits somebody asked for take part.
+    void output(const Team& team) {
+        const auto n = static_cast<std::int64_t>(wanted_.size());
+        if (n == 0) return;
+        const Matrix& head = model_.weights().lm_head;
+        const Activations& h = norm(team, ws_.normed, model_.weights().final_norm, {&head}, n);
+        show("final_norm", h.values, c_.dim);
+        const Range mine = team.share(n_panels(head));
+        const std::int64_t width = head_panels * panel_rows;
+        float* tile = ws_.logits.data() + team.thread() * n * width;
+        for (std::int64_t panel = mine.begin; panel < mine.end; panel += head_panels) {
+            const Range some{panel, std::min(panel + head_panels, mine.end)};
+            const std::int64_t begin = panel * panel_rows;
+            const std::int64_t end = std::min<std::int64_t>(some.end * panel_rows, head.rows);
+            // A kernel writes row r at y + r, and the tile begins with row `begin`.
+            matmul(head, h, {tile - begin, width, false}, n, some);
+            for (std::int64_t i = 0; i < n; ++i) {
+                std::memcpy(at(wanted_[static_cast<std::size_t>(i)]).logits + begin,
+                            tile + i * width,
+                            static_cast<std::size_t>(end - begin) * sizeof(float));
+            }
+        }
+        if (tap_ == nullptr) return;
+        std::vector<float> logits;
+        for (const std::int64_t row : wanted_)
+            logits.insert(logits.end(), at(row).logits, at(row).logits + c_.vocab_size);
+        show("logits", logits, c_.vocab_size);
+    }
+
+    // rms_norm of n rows of x (in the output only those wanted), in the forms their readers ask
+    // for. A single row costs less to compute on every thread than to wait for.
+    const Activations& norm(const Team& team, std::vector<Activations>& into, const float* weight,
+                            const Forms& forms, std::int64_t n) {
+        const bool alone = n == 1;
+        Activations& out = into[alone ? static_cast<std::size_t>(team.thread()) : 0];
+        const Range mine = alone ? Range{0, 1} : team.share(n);
+        for (std::int64_t i = mine.begin; i < mine.end; ++i) {
+            const std::int64_t row = n == n_ ? i : wanted_[static_cast<std::size_t>(i)];
+            k_.rms_norm(out.values.data() + i * c_.dim, x(row), weight, c_.dim, c_.norm_eps);
+            convert(&out, i, c_.dim, forms, {0, c_.dim});
+        }
+        if (!alone) team.barrier();
+        return out;
+    }
+
+    const Activations& convert_heads(const Team& team, const Matrix& reader) {
+        const bool alone = n_ == 1;
+        const Forms forms{&reader};
+        const float* values = ws_.heads[0].values.data();
+        Activations& out = ws_.heads[alone ? static_cast<std::size_t>(team.thread()) : 0];
+        const Range mine = alone ? Range{0, 1} : team.share(n_);
+        for (std::int64_t row = mine.begin; row < mine.end; ++row) {
+            if (alone) std::copy(values, values + c_.q_dim(), out.values.data());
+            convert(&out, row, c_.q_dim(), forms, {0, c_.q_dim()});
+        }
+        if (!alone) team.barrier();
+        return out;
+    }
+
+    // Columns [some.begin, some.end) of a row, which begin and end with whole blocks of 32.
+    void convert(Activations* a, std::int64_t row, std::int64_t width, const Forms& forms,
+                 const Range& some) {
+        const float* from = a->values.data() + row * width + some.begin;
+        const std::int64_t n = some.end - some.begin;
+        if (forms.bf16) {
+            k_.round_bf16(a->bf16.data() + row * round_up(width, block_size) + some.begin, from, n);
+        }
+        if (!forms.q8) return;
+        const std::int64_t block = (row * width + some.begin) / block_size;
+        k_.quantize_q8(a->q8.data() + row * round_up(width, 64) + some.begin,
+                       a->scales.data() + block, a->sums.data() + block, from, n);
+    }
+
+    struct Product {
+        const Matrix* w;
+        float* y;  // (n, w->rows)
+    };
+
+    // Several matrices of one input, shared out as if they were one.
+    void matmuls(const Team& team, const Activations& h, std::initializer_list<Product> products) {
+        std::int64_t total = 0;
+        for (const Product& product : products)
+            total += n_panels(*product.w);
+        const Range mine = team.share(total);
+        std::int64_t first = 0;
+        for (const Product& product : products) {
+            const std::int64_t n = n_panels(*product.w);
+            const Range some{std::clamp<std::int64_t>(mine.begin - first, 0, n),
+                             std::clamp<std::int64_t>(mine.end - first, 0, n)};
+            matmul(*product.w, h, {product.y, product.w->rows, false}, n_, some);
+            first += n;
+        }
+    }
+
+    // x += W h
+    void add_product(const Team& team, const Matrix& w, const Activations& h) {
+        matmul(w, h, {ws_.x.data(), c_.dim, true}, n_, team.share(n_panels(w)));
+        team.barrier();
+    }
+
+    void matmul(const Matrix& w, const Activations& h, const Output& y, std::int64_t n,
+                const Range& panels) {
+        if (panels.begin >= panels.end) return;
+        const std::int64_t cols = w.cols;
+        if (w.dtype == DType::f32) {
+            k_.matmul_f32(y, w.panels, h.values.data(), cols, n, panels.begin, panels.end);
+        } else if (w.dtype == DType::bf16) {
+            k_.matmul_bf16(y, w.panels, h.bf16.data(), round_up(cols, block_size), n, panels.begin,
+                           panels.end);
+        } else {
+            const auto kernel = w.dtype == DType::q8_0 ? k_.matmul_q8_0 : k_.matmul_q4_0;
+            kernel(y, w.panels, {h.q8.data(), h.scales.data(), h.sums.data(), round_up(cols, 64)},
+                   n, panels.begin, panels.end);
+        }
+    }
+
+    void show(const char* stage, const std::vector<float>& values, std::int64_t width,
+              std::int32_t layer = -1) const {
+        if (tap_ == nullptr) return;
+        const std::string prefix = layer < 0 ? "" : "layers." + std::to_string(layer) + ".";
+        (*tap_)(prefix + stage, values.data(), static_cast<std::int64_t>(values.size()) / width,
+                width);
     }
 
     void allocate() {
-        for (const Row& row : rows_)
-            longest_ = std::max(longest_, row.pos + 1);
-        const auto fit = [this](std::vector<float>& buffer, std::int64_t width) {
-            buffer.resize(static_cast<std::size_t>(n_ * width));
+        const auto n_teammates = static_cast<std::size_t>(model_.n_threads());
+        const auto n_wanted = static_cast<std::int64_t>(wanted_.size());
+        const auto size = [this](std::int64_t width) {
+            return static_cast<std::size_t>(n_ * width);
         };
-        for (auto* buffer : {&ws_.x, &ws_.normed, &ws_.out})
-            fit(*buffer, c_.dim);
-        for (auto* buffer : {&ws_.q, &ws_.heads})
-            fit(*buffer, c_.q_dim());
-        for (auto* buffer : {&ws_.k, &ws_.v})
-            fit(*buffer, c_.kv_dim());
-        for (auto* buffer : {&ws_.gate, &ws_.up})
-            fit(*buffer, c_.hidden_dim);
-        for (auto* buffer : {&ws_.cos, &ws_.sin})
-            fit(*buffer, c_.head_dim / 2);
-        ws_.scores.resize(static_cast<std::size_t>(longest_) *
-                          static_cast<std::size_t>(model_.n_threads()));
+        ws_.x.resize(size(c_.dim));
+        ws_.q.resize(size(c_.q_dim()));
+        ws_.k.resize(size(c_.kv_dim()));
+        ws_.v.resize(size(c_.kv_dim()));
+        ws_.up.resize(size(c_.hidden_dim));
+        ws_.cos.resize(size(c_.head_dim / 2));
+        ws_.sin.resize(size(c_.head_dim / 2));
+        ws_.logits.resize(n_teammates *
+                          static_cast<std::size_t>(n_wanted * head_panels * panel_rows));
+        ws_.normed.resize(n_teammates);
+        ws_.heads.resize(n_teammates);
+        const Forms all = forms_of_model();
+        for (std::size_t i = 0; i < n_teammates; ++i) {
+            fit(&ws_.normed[i], i == 0 ? n_ : 1, c_.dim, all);
+            fit(&ws_.heads[i], i == 0 ? n_ : 1, c_.q_dim(), all);
+        }
+        fit(&ws_.hidden, n_, c_.hidden_dim, all);
+    }
+
+    Forms forms_of_model() const {
+        Forms all{&model_.weights().lm_head};
+        for (const LayerWeights& w : model_.weights().layers) {
+            const Forms of_layer{&w.wq, &w.wk, &w.wv, &w.wo, &w.w_gate, &w.w_up, &w.w_down};
+            all.bf16 = all.bf16 || of_layer.bf16;
+            all.q8 = all.q8 || of_layer.q8;
+        }
+        return all;
+    }
+
+    const Row& at(std::int64_t row) const { return rows_[static_cast<std::size_t>(row)]; }
+    float* x(std::int64_t row) { return ws_.x.data() + row * c_.dim; }
+    float* query(std::int64_t row, std::int64_t head) {
+        return ws_.q.data() + row * c_.q_dim() + head * c_.head_dim;
     }
 
     const Model& model_;
@@ -265,9 +361,9 @@ private:
     const std::vector<Row>& rows_;
     Workspace& ws_;
     const Tap* tap_;
-    std::int64_t n_;  // rows still taking part
-    std::int32_t longest_ = 0;
-    std::string prefix_;
+    std::int64_t n_;
+    std::vector<std::int64_t> wanted_;  // rows whose logits are asked for
+    std::vector<Range> timelines_;      // rows of one timeline each
 };
 
 }  // namespace
@@ -275,7 +371,8 @@ private:
 void forward(const Model& model, const std::vector<Row>& rows, Workspace& workspace,
              const Tap* tap) {
     if (rows.empty()) return;
-    Pass(model, rows, workspace, tap).run();
+    Pass pass(model, rows, workspace, tap);
+    run_team(pass.n_threads(), [&](const Team& team) { pass.run(team); });
 }
 
 }  // namespace tinyllama

@@ -202,11 +202,11 @@ void read_shape(ByteReader& reader, GgufTensor* tensor) {
 
 DType read_dtype(ByteReader& reader) {
     const auto number = reader.number<std::uint32_t>("type");
-    for (const DType dtype : {DType::f32, DType::f16, DType::q8_0, DType::bf16}) {
+    for (const DType dtype : {DType::f32, DType::f16, DType::q4_0, DType::q8_0, DType::bf16}) {
         if (number == static_cast<std::uint32_t>(dtype)) return dtype;
     }
     reader.fail(reader.about("type") + " is ggml type " + std::to_string(number) +
-                "; known are f32 (0), f16 (1), q8_0 (8) and bf16 (30)");
+                "; known are f32 (0), f16 (1), q4_0 (2), q8_0 (8) and bf16 (30)");
 }
 
 Entry read_entry(ByteReader& reader, std::uint64_t alignment) {
@@ -218,9 +218,10 @@ Entry read_entry(ByteReader& reader, std::uint64_t alignment) {
     read_shape(reader, &tensor);
     tensor.dtype = read_dtype(reader);
     entry.offset = reader.number<std::uint64_t>("offset");
-    if (tensor.dtype == DType::q8_0 && tensor.cols % 32 != 0) {
-        reader.fail(reader.about("row length") + " is " + std::to_string(tensor.cols) +
-                    "; q8_0 needs a multiple of 32");
+    const bool in_blocks = tensor.dtype == DType::q4_0 || tensor.dtype == DType::q8_0;
+    if (in_blocks && tensor.cols % 32 != 0) {
+        reader.fail(reader.about("row length") + " is " + std::to_string(tensor.cols) + "; " +
+                    dtype_name(tensor.dtype) + " needs a multiple of 32");
     }
     const std::uint64_t row = row_bytes(tensor.dtype, tensor.cols);
     if (row == 0 || !checked_mul(row, tensor.rows, &entry.n_bytes)) {
@@ -279,6 +280,8 @@ const char* dtype_name(DType dtype) {
             return "f32";
         case DType::f16:
             return "f16";
+        case DType::q4_0:
+            return "q4_0";
         case DType::q8_0:
             return "q8_0";
         case DType::bf16:
@@ -288,8 +291,9 @@ const char* dtype_name(DType dtype) {
 }
 
 std::uint64_t row_bytes(DType dtype, std::uint64_t cols) {
-    constexpr std::uint64_t block = 32;        // values of q8_0 that share a scale
-    constexpr std::uint64_t block_bytes = 34;  // an f16 scale and 32 int8
+    constexpr std::uint64_t block = 32;       // values of q4_0 and q8_0 that share an f16 scale
+    constexpr std::uint64_t q4_0_bytes = 18;  // the scale and 32 numbers of 4 bits
+    constexpr std::uint64_t q8_0_bytes = 34;  // the scale and 32 int8
     std::uint64_t result = 0;
     bool fits = false;
     switch (dtype) {
@@ -300,8 +304,11 @@ std::uint64_t row_bytes(DType dtype, std::uint64_t cols) {
         case DType::bf16:
             fits = checked_mul(cols, 2, &result);
             break;
+        case DType::q4_0:
+            fits = cols % block == 0 && checked_mul(cols / block, q4_0_bytes, &result);
+            break;
         case DType::q8_0:
-            fits = cols % block == 0 && checked_mul(cols / block, block_bytes, &result);
+            fits = cols % block == 0 && checked_mul(cols / block, q8_0_bytes, &result);
             break;
     }
     return fits ? result : 0;

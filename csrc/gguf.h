@@ -17,11 +17,11 @@
 namespace tinyllama {
 
 // The numbers are those of the file format (ggml types).
-enum class DType : std::uint32_t { f32 = 0, f16 = 1, q8_0 = 8, bf16 = 30 };
+enum class DType : std::uint32_t { f32 = 0, f16 = 1, q4_0 = 2, q8_0 = 8, bf16 = 30 };
 
 const char* dtype_name(DType dtype);
-// Bytes of one row of `cols` values; 0 when cols is not a multiple of 32 for q8_0, or when the
-// result does not fit.
+// Bytes of one row of `cols` values; 0 when cols is not a multiple of 32 for q4_0 and q8_0, or when
+// the result does not fit.
 std::uint64_t row_bytes(DType dtype, std::uint64_t cols);
 
 struct GgufTensor {

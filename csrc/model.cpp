@@ -1,5 +1,6 @@
 #include "model.h"
 
+#include <cmath>
 #include <cstdlib>
 #include <utility>
 
@@ -26,9 +27,21 @@ const KernelTable* choose_kernels(const std::string& wanted) {
     throw Error(Status::invalid_argument, "isa is '" + isa + "'; this CPU can run: auto, " + known);
 }
 
+// Pair i turns by rope_theta^(-2i / head_dim) / rope_factors[i] per position (Su et al., arXiv
+// 2104.09864), in double because positions can be large.
+std::vector<double> frequencies_of(const Config& config) {
+    std::vector<double> result;
+    for (std::size_t i = 0; i < config.rope_factors.size(); ++i) {
+        const double exponent = -2.0 * static_cast<double>(i) / config.head_dim;
+        result.push_back(std::pow(static_cast<double>(config.rope_theta), exponent) /
+                         static_cast<double>(config.rope_factors[i]));
+    }
+    return result;
+}
+
 }  // namespace
 
-std::shared_ptr<const Model> Model::open(FileBytes bytes, const std::string& name,
+std::shared_ptr<const Model> Model::open(const FileBytes& bytes, const std::string& name,
                                          const ModelOptions& options) {
     if (options.n_threads < 0 || options.n_threads > 1024) {
         throw Error(Status::invalid_argument, "n_threads is " + std::to_string(options.n_threads) +
@@ -36,6 +49,7 @@ std::shared_ptr<const Model> Model::open(FileBytes bytes, const std::string& nam
     }
     const KernelTable* kernels = choose_kernels(options.isa);
     const int n_threads = options.n_threads > 0 ? options.n_threads : available_cores();
+    const KvType kv_type = options.kv_dtype.empty() ? KvType::f32 : find_kv_type(options.kv_dtype);
     const GgufFile file = GgufFile::parse(bytes.span(), name);
     Config config = read_config(file);
     if (options.max_seq_len < 0 || options.max_seq_len > config.max_seq_len) {
@@ -45,19 +59,19 @@ std::shared_ptr<const Model> Model::open(FileBytes bytes, const std::string& nam
     }
     if (options.max_seq_len > 0) config.max_seq_len = options.max_seq_len;
     // The constructor is private, so make_shared cannot reach it.
-    return std::shared_ptr<const Model>(
-        new Model(std::move(bytes), name, file, config, kernels, n_threads));
+    return std::shared_ptr<const Model>(new Model(name, file, config, kernels, n_threads, kv_type));
 }
 
-Model::Model(FileBytes bytes, const std::string& name, const GgufFile& file, const Config& config,
-             const KernelTable* kernels, int n_threads)
-    : bytes_(std::move(bytes)),
-      name_(name),
+Model::Model(const std::string& name, const GgufFile& file, const Config& config,
+             const KernelTable* kernels, int n_threads, KvType kv_type)
+    : name_(name),
       config_(config),
       tokenizer_(file),
       weights_(file, config, n_threads),
       kernels_(kernels),
-      n_threads_(n_threads) {
+      n_threads_(n_threads),
+      kv_layout_{config.n_layers, config.n_kv_heads, config.head_dim, kv_type},
+      rope_frequencies_(frequencies_of(config)) {
     if (tokenizer_.vocab_size() != config_.vocab_size) {
         throw Error(Status::format_error,
                     name_ + ": the tokenizer has " + std::to_string(tokenizer_.vocab_size()) +

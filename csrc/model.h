@@ -10,6 +10,7 @@
 #include "config.h"
 #include "file_bytes.h"
 #include "kernels/kernel_table.h"
+#include "kv_cache.h"
 #include "tokenizer.h"
 #include "weights.h"
 
@@ -20,6 +21,7 @@ struct Workspace;
 struct ModelOptions {
     int n_threads = 0;             // 0: as many as physical cores allowed to the process
     std::string isa;               // "": $TINYLLAMA_ISA, else the best this CPU can run
+    std::string kv_dtype;          // of the cached keys and values: "" or "f32", "bf16", "int8"
     std::int32_t max_seq_len = 0;  // 0: the file's
 };
 
@@ -27,7 +29,8 @@ class Model {
 public:
     // `name` stands for the model in messages. Throws Error for whatever is wrong with the file or
     // the options, before anything else is changed.
-    static std::shared_ptr<const Model> open(FileBytes bytes, const std::string& name,
+    // The bytes are not needed any more once it is open.
+    static std::shared_ptr<const Model> open(const FileBytes& bytes, const std::string& name,
                                              const ModelOptions& options);
     ~Model();
 
@@ -37,22 +40,26 @@ public:
     const Weights& weights() const { return weights_; }
     const KernelTable& kernels() const { return *kernels_; }
     int n_threads() const { return n_threads_; }
+    const KvLayout& kv_layout() const { return kv_layout_; }
+    // The angle by which pair i of a head turns per position, (head_dim / 2).
+    const std::vector<double>& rope_frequencies() const { return rope_frequencies_; }
 
     // Scratch memory for one forward pass, lent until returned; it keeps its size between uses.
     std::unique_ptr<Workspace> borrow_workspace() const;
     void return_workspace(std::unique_ptr<Workspace> workspace) const;
 
 private:
-    Model(FileBytes bytes, const std::string& name, const GgufFile& file, const Config& config,
-          const KernelTable* kernels, int n_threads);
+    Model(const std::string& name, const GgufFile& file, const Config& config,
+          const KernelTable* kernels, int n_threads, KvType kv_type);
 
-    FileBytes bytes_;
     std::string name_;
     Config config_;
     Tokenizer tokenizer_;
     Weights weights_;
     const KernelTable* kernels_;
     int n_threads_;
+    KvLayout kv_layout_;
+    std::vector<double> rope_frequencies_;
     mutable std::mutex mutex_;
     mutable std::vector<std::unique_ptr<Workspace>> workspaces_;
 };

@@ -30,6 +30,16 @@ bool forked_child = false;
     return true;
 }();
 
+constexpr int spins_before_yield = 2000;  // about 50 microseconds
+
+void pause_briefly() {
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
 #ifdef __linux__
 int read_int(const std::string& path) {
     int value = -1;
@@ -83,25 +93,36 @@ bool has_openmp() {
 #endif
 }
 
+void Team::wait_for_all() const {
+    const unsigned phase = shared_->phase.load(std::memory_order_relaxed);
+    if (shared_->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+        shared_->arrived.store(0, std::memory_order_relaxed);
+        shared_->phase.store(phase + 1, std::memory_order_release);
+        return;
+    }
+    for (int i = 0; shared_->phase.load(std::memory_order_acquire) == phase; ++i) {
+        // Where other work shares the cores, the thread that is waited for may need this one.
+        if (i < spins_before_yield) {
+            pause_briefly();
+        } else {
+            std::this_thread::yield();
+        }
+    }
+}
+
 namespace detail {
 
-void run_parallel(int n_threads, std::int64_t n, RangeFunction function, const void* body) {
+void run_team(int n_threads, TeamFunction function, const void* body) {
 #ifdef _OPENMP
     if (!forked_child && !omp_in_parallel()) {
-        const int wanted = static_cast<int>(std::min<std::int64_t>(n_threads, n));
-#pragma omp parallel num_threads(wanted)
-        {
-            const std::int64_t team = omp_get_num_threads();
-            const std::int64_t thread = omp_get_thread_num();
-            const std::int64_t begin = n * thread / team;
-            const std::int64_t end = n * (thread + 1) / team;
-            if (begin < end) function(body, begin, end, static_cast<int>(thread));
-        }
+        Team::Shared shared;
+#pragma omp parallel num_threads(n_threads)
+        function(body, Team(omp_get_thread_num(), omp_get_num_threads(), &shared));
         return;
     }
 #endif
     (void)n_threads;
-    function(body, 0, n, 0);
+    function(body, Team(0, 1, nullptr));
 }
 
 }  // namespace detail

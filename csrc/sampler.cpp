@@ -2,8 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <functional>
 #include <limits>
-#include <numeric>
 #include <string>
 #include <unordered_map>
 
@@ -13,14 +14,158 @@
 namespace tinyllama {
 namespace {
 
-struct Candidate {
-    std::int32_t token;
-    float logit;
-    double probability;  // not normalised
+// Everything that looks at all tokens goes through them in blocks of 64, as 16 lanes side by side
+// with one fixed order of sums: plain loops that compilers turn into vectors of any width.
+constexpr std::size_t block_size = 64;
+constexpr std::size_t n_lanes = 16;
+constexpr float impossible = -std::numeric_limits<float>::infinity();
+
+// One value per token, filled up to whole blocks. Kept from one draw to the next.
+struct Buffers {
+    std::vector<float> logits;   // adjusted; the filling is minus infinity
+    std::vector<float> weights;  // probabilities, not normalised: the likeliest has 1
+    std::vector<float> maxima;   // of the logits of each block
+    std::vector<float> sums;     // of the weights of each block
+    std::vector<float> likelier_sums;
 };
 
-bool likelier(const Candidate& a, const Candidate& b) {
-    return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
+Buffers& this_threads_buffers() {
+    thread_local Buffers buffers;
+    return buffers;
+}
+
+template <std::size_t n = n_lanes, typename Fold>
+float fold_lanes(float* lanes, Fold fold) {
+    if constexpr (n == 1) {
+        return lanes[0];
+    } else {
+        for (std::size_t k = 0; k < n / 2; ++k)
+            lanes[k] = fold(lanes[k], lanes[k + n / 2]);
+        return fold_lanes<n / 2>(lanes, fold);
+    }
+}
+
+float larger(float a, float b) { return a > b ? a : b; }
+
+float block_max(const float* x) {
+    float lanes[n_lanes];
+    std::copy(x, x + n_lanes, lanes);
+    for (std::size_t i = n_lanes; i < block_size; i += n_lanes) {
+        for (std::size_t k = 0; k < n_lanes; ++k)
+            lanes[k] = larger(x[i + k], lanes[k]);
+    }
+    return fold_lanes(lanes, larger);
+}
+
+// 2^x for x in [-127, 0], to about 2e-7 of it, and 0 below 2^-126.5: 2^x = 2^n 2^f with n the
+// nearest whole number, 2^f from a polynomial of least relative error on [-1/2, 1/2].
+float exp2_of(float x) {
+    constexpr float rounder = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction
+    const float shifted = x + rounder;
+    const float f = x - (shifted - rounder);
+    float power = 0.001326472731f;
+    power = power * f + 0.009671512991f;
+    power = power * f + 0.055507335812f;
+    power = power * f + 0.240222424269f;
+    power = power * f + 0.693147003651f;
+    power = power * f + 1.0f;
+    std::uint32_t bits;
+    std::memcpy(&bits, &shifted, sizeof(bits));
+    bits = (bits + 127) << 23;  // n stands in its lowest bits
+    float scale;
+    std::memcpy(&scale, &bits, sizeof(scale));
+    return power * scale;
+}
+
+// The weights of a block for which keep(logit, weight) holds.
+template <typename Keep>
+float sum_where(const float* x, const float* weights, Keep keep) {
+    float lanes[n_lanes] = {};
+    for (std::size_t i = 0; i < block_size; i += n_lanes) {
+        for (std::size_t k = 0; k < n_lanes; ++k)
+            lanes[k] += keep(x[i + k], weights[i + k]) ? weights[i + k] : 0.0f;
+    }
+    return fold_lanes(lanes, std::plus<>());
+}
+
+float sum_all(const float* weights) {
+    return sum_where(weights, weights, [](float, float) { return true; });
+}
+
+// weights = 2^((x - best) * scale) of a block, and their sum. In two loops: compilers make two
+// paths of one, one for what is bounded, and no vectors.
+float weigh_block(const float* x, float best, float scale, float* weights) {
+    for (std::size_t i = 0; i < block_size; ++i)
+        weights[i] = larger((x[i] - best) * scale, -127.0f);
+    for (std::size_t i = 0; i < block_size; ++i)
+        weights[i] = exp2_of(weights[i]);
+    return sum_all(weights);
+}
+
+double total(const std::vector<float>& sums) {
+    double sum = 0;
+    for (const float block : sums)
+        sum += static_cast<double>(block);
+    return sum;
+}
+
+// Fills the logits up to whole blocks and finds the largest of each.
+void find_maxima(Buffers& buffers) {
+    std::vector<float>& logits = buffers.logits;
+    const std::size_t n_blocks = (logits.size() + block_size - 1) / block_size;
+    logits.resize(n_blocks * block_size, impossible);
+    buffers.maxima.resize(n_blocks);
+    for (std::size_t b = 0; b < n_blocks; ++b)
+        buffers.maxima[b] = block_max(&logits[b * block_size]);
+}
+
+// A logit that at least k tokens reach: the k-th largest of the maxima of blocks, or of smaller
+// pieces where there are not that many blocks.
+float bound_of_likeliest(const Buffers& buffers, std::size_t k) {
+    const std::vector<float>& logits = buffers.logits;
+    if (k == 0 || k >= logits.size()) return impossible;
+    std::size_t size = block_size;
+    while (logits.size() / size < k)
+        size /= 2;
+    std::vector<float> maxima = buffers.maxima;
+    if (size < block_size) {
+        maxima.resize(logits.size() / size);
+        for (std::size_t i = 0; i < maxima.size(); ++i)
+            maxima[i] = *std::max_element(&logits[i * size], &logits[i * size] + size);
+    }
+    const auto kth = maxima.begin() + static_cast<std::ptrdiff_t>(k - 1);
+    std::nth_element(maxima.begin(), kth, maxima.end(), std::greater<>());
+    return *kth;
+}
+
+// The k likeliest tokens, fewer where fewer are possible, in order of their ids.
+std::vector<std::int32_t> find_likeliest(const Buffers& buffers, std::size_t k) {
+    const float bound = bound_of_likeliest(buffers, k);
+    struct Candidate {
+        std::int32_t token;
+        float logit;
+    };
+    std::vector<Candidate> candidates;
+    for (std::size_t b = 0; b < buffers.maxima.size(); ++b) {
+        if (buffers.maxima[b] < bound) continue;
+        for (std::size_t i = b * block_size; i < (b + 1) * block_size; ++i) {
+            const float logit = buffers.logits[i];
+            if (logit < bound || logit == impossible) continue;
+            candidates.push_back({static_cast<std::int32_t>(i), logit});
+        }
+    }
+    if (k < candidates.size()) {
+        std::nth_element(candidates.begin(), candidates.begin() + static_cast<std::ptrdiff_t>(k),
+                         candidates.end(), [](const Candidate& a, const Candidate& b) {
+                             return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
+                         });
+        candidates.resize(k);
+    }
+    std::vector<std::int32_t> tokens;
+    for (const Candidate& candidate : candidates)
+        tokens.push_back(candidate.token);
+    std::sort(tokens.begin(), tokens.end());
+    return tokens;
 }
 
 void check_range(const char* name, float value, float least, float most) {
@@ -39,10 +184,8 @@ void check_token(const char* name, std::int32_t token, std::int32_t vocab_size) 
     }
 }
 
-std::vector<float> adjusted_logits(const std::vector<float>& logits,
-                                   const std::vector<std::int32_t>& history,
-                                   const SamplingParams& params) {
-    std::vector<float> adjusted = logits;
+void adjust(std::vector<float>& adjusted, const std::vector<std::int32_t>& history,
+            const SamplingParams& params) {
     const auto at = [](std::int32_t token) { return static_cast<std::size_t>(token); };
     for (const auto& [token, bias] : params.logit_bias)
         adjusted[at(token)] += bias;
@@ -58,43 +201,95 @@ std::vector<float> adjusted_logits(const std::vector<float>& logits,
     }
     if (params.presence_penalty != 0.0f || params.frequency_penalty != 0.0f) {
         std::unordered_map<std::int32_t, int> counts;
-        for (std::size_t i = at(params.n_prompt_tokens); i < history.size(); ++i) {
+        for (std::size_t i = at(params.n_prompt_tokens); i < history.size(); ++i)
             ++counts[history[i]];
-        }
         for (const auto& [token, count] : counts) {
             adjusted[at(token)] -=
                 params.presence_penalty + params.frequency_penalty * static_cast<float>(count);
         }
     }
-    for (const std::int32_t token : params.banned) {
-        adjusted[at(token)] = -std::numeric_limits<float>::infinity();
-    }
-    return adjusted;
+    for (const std::int32_t token : params.banned)
+        adjusted[at(token)] = impossible;
 }
 
-// Keeps the most likely candidates that together have probability top_p of the whole.
-void keep_top_p(std::vector<Candidate>& candidates, double total, float top_p) {
-    // A candidate below this cannot be among them: even all n - 1 such leave more than top_p.
-    const double cutoff =
-        total * (1.0 - static_cast<double>(top_p)) / static_cast<double>(candidates.size());
-    std::vector<Candidate> kept;
-    for (const Candidate& candidate : candidates) {
-        if (candidate.probability >= cutoff) kept.push_back(candidate);
+// Weights e^((logit - best) / temperature) of all tokens, and their sums.
+void weigh(Buffers& buffers, float best, float temperature) {
+    // log2(e) / temperature, bounded, as 0 times infinity would be no number.
+    const float scale = std::min(1.44269504f / temperature, std::numeric_limits<float>::max());
+    buffers.weights.resize(buffers.logits.size());
+    buffers.sums.resize(buffers.maxima.size());
+    for (std::size_t b = 0; b < buffers.sums.size(); ++b) {
+        const std::size_t i = b * block_size;
+        buffers.sums[b] = weigh_block(&buffers.logits[i], best, scale, &buffers.weights[i]);
     }
-    std::sort(kept.begin(), kept.end(), likelier);
-    double sum = 0;
-    std::size_t n_kept = 0;
-    while (n_kept < kept.size()) {
-        sum += kept[n_kept++].probability;
-        if (sum >= static_cast<double>(top_p) * total) break;
-    }
-    kept.resize(n_kept);
-    candidates = std::move(kept);
 }
 
-double sum_probabilities(const std::vector<Candidate>& candidates) {
-    return std::accumulate(candidates.begin(), candidates.end(), 0.0,
-                           [](double sum, const Candidate& c) { return sum + c.probability; });
+void drop_below(Buffers& buffers, float least) {
+    for (float& weight : buffers.weights)
+        weight = weight >= least ? weight : 0.0f;
+    for (std::size_t b = 0; b < buffers.sums.size(); ++b)
+        buffers.sums[b] = sum_all(&buffers.weights[b * block_size]);
+}
+
+// Where `left`, in [0, total), falls when the weights are laid end to end.
+std::size_t locate(const Buffers& buffers, double left) {
+    std::size_t block = 0;
+    for (std::size_t b = 0; b < buffers.sums.size(); ++b) {
+        if (buffers.sums[b] == 0.0f) continue;
+        block = b;
+        if (left < static_cast<double>(buffers.sums[b])) break;
+        left -= static_cast<double>(buffers.sums[b]);
+    }
+    std::size_t found = block * block_size;
+    for (std::size_t i = found; i < (block + 1) * block_size; ++i) {
+        if (buffers.weights[i] == 0.0f) continue;
+        found = i;  // stays, where rounding leaves more than the block has
+        if (left < static_cast<double>(buffers.weights[i])) break;
+        left -= static_cast<double>(buffers.weights[i]);
+    }
+    return found;
+}
+
+// Sums the weights of what is likelier than token `i`: a larger logit, or the same and a lower id.
+double sum_likelier(Buffers& buffers, std::size_t i) {
+    const float logit = buffers.logits[i];
+    const std::size_t own = i / block_size;
+    buffers.likelier_sums.assign(buffers.sums.size(), 0.0f);
+    for (std::size_t b = 0; b < buffers.sums.size(); ++b) {
+        if (buffers.maxima[b] < logit) continue;
+        const float* x = &buffers.logits[b * block_size];
+        const float* weights = &buffers.weights[b * block_size];
+        float& sum = buffers.likelier_sums[b];
+        if (b < own) {
+            sum = sum_where(x, weights, [logit](float other, float) { return other >= logit; });
+        } else {
+            sum = sum_where(x, weights, [logit](float other, float) { return other > logit; });
+        }
+        for (std::size_t k = 0; b == own && k < i % block_size; ++k)
+            sum += x[k] == logit ? weights[k] : 0.0f;
+    }
+    return total(buffers.likelier_sums);
+}
+
+void keep_likelier(Buffers& buffers, std::size_t i) {
+    const float logit = buffers.logits[i];
+    for (std::size_t k = 0; k < i; ++k)
+        buffers.weights[k] = buffers.logits[k] >= logit ? buffers.weights[k] : 0.0f;
+    for (std::size_t k = i; k < buffers.weights.size(); ++k)
+        buffers.weights[k] = buffers.logits[k] > logit ? buffers.weights[k] : 0.0f;
+    buffers.sums.swap(buffers.likelier_sums);
+}
+
+// Draws from the nucleus, the smallest set of the likeliest whose weights reach `enough`, without
+// ever finding it: a token is in it exactly when all that are likelier weigh less than that. One
+// that is not is dropped with all below it, and the draw repeated among the rest, which is
+// 1 + ln(1 / top_p) draws on average at most.
+std::size_t draw_from_nucleus(Buffers& buffers, double enough, RandomState& random) {
+    while (true) {
+        const std::size_t i = locate(buffers, random.next_uniform() * total(buffers.sums));
+        if (sum_likelier(buffers, i) < enough) return i;
+        keep_likelier(buffers, i);
+    }
 }
 
 }  // namespace
@@ -133,74 +328,71 @@ double RandomState::next_uniform() {
 
 std::int32_t sample(const std::vector<float>& logits, const std::vector<std::int32_t>& history,
                     const SamplingParams& params, RandomState& random, const StreamDecoder* text) {
-    std::vector<float> adjusted = adjusted_logits(logits, history, params);
-    if (text != nullptr) text->keep_whole(&adjusted);
-    const auto best = std::max_element(adjusted.begin(), adjusted.end());
-    if (best == adjusted.end() || !std::isfinite(*best)) {
+    Buffers& buffers = this_threads_buffers();
+    buffers.logits = logits;
+    adjust(buffers.logits, history, params);
+    if (text != nullptr) text->keep_whole(&buffers.logits);
+    find_maxima(buffers);
+    const auto best = std::max_element(buffers.maxima.begin(), buffers.maxima.end());
+    if (best == buffers.maxima.end() || !std::isfinite(*best)) {
         throw Error(Status::invalid_argument, "no token is left to draw: all of them are banned");
     }
-    if (params.temperature == 0.0f || params.top_k == 1) {
-        return static_cast<std::int32_t>(best - adjusted.begin());
+    const float most = *best;
+    if (params.temperature == 0.0f || params.top_k == 1 || params.top_p == 0.0f) {
+        const auto block =
+            (best - buffers.maxima.begin()) * static_cast<std::ptrdiff_t>(block_size);
+        const auto begin = buffers.logits.begin();
+        return static_cast<std::int32_t>(std::find(begin + block, buffers.logits.end(), most) -
+                                         begin);
     }
-    std::vector<Candidate> candidates;
-    candidates.reserve(adjusted.size());
-    for (std::size_t i = 0; i < adjusted.size(); ++i) {
-        // expf is zero below -104 and finite logits are: nothing that could be drawn is dropped.
-        const float scaled = (adjusted[i] - *best) / params.temperature;
-        if (scaled < -104.0f) continue;
-        candidates.push_back(
-            {static_cast<std::int32_t>(i), adjusted[i], static_cast<double>(std::exp(scaled))});
-    }
+    std::vector<std::int32_t> tokens;  // of the logits that are left, when not all are
     const auto k = static_cast<std::size_t>(params.top_k);
-    if (k > 0 && k < candidates.size()) {
-        std::nth_element(candidates.begin(), candidates.begin() + params.top_k, candidates.end(),
-                         likelier);
-        candidates.resize(k);
+    if (k > 0 && k < logits.size()) {
+        tokens = find_likeliest(buffers, k);
+        for (std::size_t i = 0; i < tokens.size(); ++i)  // ids rise: none is overwritten too early
+            buffers.logits[i] = buffers.logits[static_cast<std::size_t>(tokens[i])];
+        buffers.logits.resize(tokens.size());
+        find_maxima(buffers);
     }
-    if (params.top_p < 1.0f) keep_top_p(candidates, sum_probabilities(candidates), params.top_p);
-    if (params.min_p > 0.0f) {  // the likeliest has probability 1 before normalisation
-        const double least = static_cast<double>(params.min_p);
-        candidates.erase(
-            std::remove_if(candidates.begin(), candidates.end(),
-                           [least](const Candidate& c) { return c.probability < least; }),
-            candidates.end());
-    }
-    double left = random.next_uniform() * sum_probabilities(candidates);
-    for (const Candidate& candidate : candidates) {
-        left -= candidate.probability;
-        if (left < 0) return candidate.token;
-    }
-    return candidates.back().token;  // rounding used up the last of it
+    weigh(buffers, most, params.temperature);
+    const double weight = total(buffers.sums);
+    if (params.min_p > 0.0f) drop_below(buffers, params.min_p);
+    const std::size_t drawn =
+        params.top_p < 1.0f
+            ? draw_from_nucleus(buffers, static_cast<double>(params.top_p) * weight, random)
+            : locate(buffers, random.next_uniform() * total(buffers.sums));
+    return tokens.empty() ? static_cast<std::int32_t>(drawn) : tokens[drawn];
 }
 
 double log_probability(const float* logits, std::int32_t vocab_size, std::int32_t token) {
-    const float most = *std::max_element(logits, logits + vocab_size);
-    double sum = 0;
-    for (std::int32_t i = 0; i < vocab_size; ++i) {
-        sum += static_cast<double>(std::exp(logits[i] - most));
-    }
-    return static_cast<double>(logits[token]) - static_cast<double>(most) - std::log(sum);
+    Buffers& buffers = this_threads_buffers();
+    buffers.logits.assign(logits, logits + vocab_size);
+    find_maxima(buffers);
+    const float most = *std::max_element(buffers.maxima.begin(), buffers.maxima.end());
+    weigh(buffers, most, 1.0f);
+    return static_cast<double>(logits[token]) - static_cast<double>(most) -
+           std::log(total(buffers.sums));
 }
 
 std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const std::vector<float>& logits,
                                                                    std::int32_t n) {
-    const auto count = std::min(static_cast<std::size_t>(std::max(n, 0)), logits.size());
-    std::vector<std::int32_t> order(logits.size());
-    std::iota(order.begin(), order.end(), 0);
-    std::partial_sort(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(count),
-                      order.end(), [&](std::int32_t a, std::int32_t b) {
-                          const float x = logits[static_cast<std::size_t>(a)];
-                          const float y = logits[static_cast<std::size_t>(b)];
-                          return x > y || (x == y && a < b);
-                      });
+    Buffers& buffers = this_threads_buffers();
+    buffers.logits = logits;
+    find_maxima(buffers);
     std::vector<std::pair<std::int32_t, double>> result;
-    if (count == 0) return result;
     const auto vocab_size = static_cast<std::int32_t>(logits.size());
-    const double best = log_probability(logits.data(), vocab_size, order[0]);
-    for (std::size_t i = 0; i < count; ++i) {
-        const double below = static_cast<double>(logits[static_cast<std::size_t>(order[i])]) -
-                             static_cast<double>(logits[static_cast<std::size_t>(order[0])]);
-        result.emplace_back(order[i], best + below);
+    const auto count = static_cast<std::size_t>(std::max(n, 0));
+    for (const std::int32_t token : find_likeliest(buffers, count))
+        result.emplace_back(token, 0.0);
+    if (result.empty()) return result;
+    const auto logit = [&](std::int32_t token) { return logits[static_cast<std::size_t>(token)]; };
+    std::stable_sort(result.begin(), result.end(),
+                     [&](const auto& a, const auto& b) { return logit(a.first) > logit(b.first); });
+    const std::int32_t first = result[0].first;
+    const double best = log_probability(logits.data(), vocab_size, first);
+    for (auto& [token, probability] : result) {
+        probability =
+            best + (static_cast<double>(logit(token)) - static_cast<double>(logit(first)));
     }
     return result;
 }

@@ -35,8 +35,10 @@ struct RandomState {
 
 // Draws a token from logits (vocab_size), all finite. Order: logit_bias, banned, penalties,
 // temperature, top-k, top-p, min-p, each on what the one before left, as transformers does.
-// `history` is the whole timeline. With `text`, which shows what was generated so far, tokens that
-// would break a character are never drawn. Throws Error(invalid_argument) when no token is left.
+// Probabilities are computed to about 3e-7; what is less likely than 1e-38 times the likeliest is
+// never drawn. `history` is the whole timeline. With `text`, which shows what was generated so far,
+// tokens that would break a character are never drawn. Throws Error(invalid_argument) when no token
+// is left.
 std::int32_t sample(const std::vector<float>& logits, const std::vector<std::int32_t>& history,
                     const SamplingParams& params, RandomState& random,
                     const StreamDecoder* text = nullptr);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <utility>
@@ -49,6 +50,13 @@ private:
 
 void check_finite(const Model& model, const float* logits, std::int32_t pos) {
     const std::int32_t vocab_size = model.config().vocab_size;
+    std::uint32_t seen = 0;  // bit 31: of some logit the exponent is all ones
+    for (std::int32_t i = 0; i < vocab_size; ++i) {
+        std::uint32_t bits;
+        std::memcpy(&bits, logits + i, sizeof(bits));
+        seen |= (bits & 0x7fffffffu) + 0x00800000u;
+    }
+    if (seen < 0x80000000u) return;
     for (std::int32_t i = 0; i < vocab_size; ++i) {
         if (std::isfinite(logits[i])) continue;
         throw Error(Status::nonfinite, model.name() + ": the logit of token " + std::to_string(i) +
@@ -124,9 +132,7 @@ private:
 };
 
 Session::Session(std::shared_ptr<const Model> model, std::uint64_t seed)
-    : model_(std::move(model)),
-      cache_(model_->config().n_layers, model_->config().kv_dim()),
-      random_{seed, 0} {}
+    : model_(std::move(model)), cache_(model_->kv_layout()), random_{seed, 0} {}
 
 std::vector<std::int32_t> Session::tokens() {
     const SessionLock lock(*this);
@@ -144,14 +150,23 @@ std::vector<float> Session::logits() {
     return logits_;
 }
 
-std::pair<std::int32_t, double> Session::sample(const SamplingParams& params,
-                                                const StreamDecoder* text) {
+std::int32_t Session::sample(const SamplingParams& params, const StreamDecoder* text) {
+    const SessionLock lock(*this);
+    validate(params, model_->config().vocab_size);
+    compute_missing_logits();
+    return tinyllama::sample(logits_, tokens_, params, random_, text);
+}
+
+double Session::log_probability(std::int32_t token) {
     const SessionLock lock(*this);
     const std::int32_t vocab_size = model_->config().vocab_size;
-    validate(params, vocab_size);
+    if (token < 0 || token >= vocab_size) {
+        throw Error(Status::invalid_argument, "token " + std::to_string(token) +
+                                                  " is outside the " + std::to_string(vocab_size) +
+                                                  " tokens");
+    }
     compute_missing_logits();
-    const std::int32_t token = tinyllama::sample(logits_, tokens_, params, random_, text);
-    return {token, log_probability(logits_.data(), vocab_size, token)};
+    return tinyllama::log_probability(logits_.data(), vocab_size, token);
 }
 
 std::vector<std::pair<std::int32_t, double>> Session::top_log_probabilities(std::int32_t n) {
@@ -169,6 +184,7 @@ void Session::compute_missing_logits() {
     logits_.resize(static_cast<std::size_t>(model_->config().vocab_size));
     BorrowedWorkspace workspace(*model_);
     const auto pos = static_cast<std::int32_t>(tokens_.size()) - 1;
+    cache_.reserve(pos, pos + 1);
     forward(*model_, {Row{&cache_, pos, tokens_.back(), logits_.data()}}, *workspace);
     check_finite(*model_, logits_.data(), pos);
     logits_valid_ = true;
@@ -190,7 +206,7 @@ std::unique_ptr<Session> Session::fork(std::uint64_t seed) {
     const SessionLock lock(*this);
     auto copy = std::make_unique<Session>(model_, seed);
     copy->tokens_ = tokens_;
-    copy->cache_ = cache_;
+    copy->cache_ = cache_.share(static_cast<std::int32_t>(tokens_.size()));
     copy->logits_ = logits_;
     copy->logits_valid_ = logits_valid_;
     return copy;
@@ -215,8 +231,8 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
         Session& session = *feed.session;
         if (feed.tokens.empty()) continue;
         const std::size_t n_before = session.tokens_.size();
-        session.cache_.reserve(static_cast<std::int32_t>(n_before + feed.tokens.size()),
-                               model.config().max_seq_len);
+        session.cache_.reserve(static_cast<std::int32_t>(n_before),
+                               static_cast<std::int32_t>(n_before + feed.tokens.size()));
         session.logits_.resize(vocab_size);
         session.tokens_.reserve(n_before + feed.tokens.size());
         for (std::size_t i = 0; i < feed.tokens.size(); ++i) {

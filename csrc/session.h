@@ -27,10 +27,11 @@ public:
 
     // Logits (vocab_size) after the last token. Throws Error(invalid_argument) when there is none.
     std::vector<float> logits();
-    // Draws the next token without feeding it: the token and the logarithm of its probability
-    // under the unmodified distribution. `text`: see sample() in sampler.h.
-    std::pair<std::int32_t, double> sample(const SamplingParams& params,
-                                           const StreamDecoder* text = nullptr);
+    // Draws the next token without feeding it. `text`: see sample() in sampler.h.
+    std::int32_t sample(const SamplingParams& params, const StreamDecoder* text = nullptr);
+    // Natural logarithm of the probability of `token` as the next one, under the unmodified
+    // distribution.
+    double log_probability(std::int32_t token);
     std::vector<std::pair<std::int32_t, double>> top_log_probabilities(std::int32_t n);
 
     // Keeps the first n_tokens.

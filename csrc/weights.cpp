@@ -1,15 +1,23 @@
 #include "weights.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstring>
 #include <set>
+#include <vector>
 
-#include "kernels/kernel_table.h"
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "packing.h"
 #include "parallel.h"
 
 namespace tinyllama {
 namespace {
+
+constexpr std::size_t large_page = std::size_t{1} << 21;
 
 float float_from_bits(std::uint32_t bits) {
     float value;
@@ -29,32 +37,48 @@ float float_from_f16(std::uint16_t half) {
     return float_from_bits(sign | ((exponent + 112) << 23) | (mantissa << 13));
 }
 
+bool is_block_format(DType dtype) { return dtype == DType::q8_0 || dtype == DType::q4_0; }
+
 std::uint16_t load_u16(const std::uint8_t* bytes) {
     std::uint16_t value;
     std::memcpy(&value, bytes, sizeof(value));
     return value;
 }
 
-// Index of the first value (q8_0: block) in [begin, end) that is NaN or infinite, or -1.
+// Index of the first value (q8_0, q4_0: block) in [begin, end) that is NaN or infinite, or -1.
 std::int64_t find_nonfinite(const GgufTensor& tensor, std::int64_t begin, std::int64_t end) {
     const std::uint8_t* bytes = tensor.bytes.data;
-    for (std::int64_t i = begin; i < end; ++i) {
-        bool bad = false;
-        if (tensor.dtype == DType::f32) {
+    // What decides is a float's exponent, all ones: that of the value, or of the block's scale.
+    if (tensor.dtype == DType::f32) {
+        for (std::int64_t i = begin; i < end; ++i) {
             std::uint32_t bits;
             std::memcpy(&bits, bytes + 4 * i, sizeof(bits));
-            bad = (bits & 0x7F800000u) == 0x7F800000u;
-        } else if (tensor.dtype == DType::bf16) {
-            bad = (load_u16(bytes + 2 * i) & 0x7F80u) == 0x7F80u;
-        } else if (tensor.dtype == DType::f16) {
-            bad = (load_u16(bytes + 2 * i) & 0x7C00u) == 0x7C00u;
-        } else {
-            bad = (load_u16(bytes + sizeof(BlockQ8_0) * static_cast<std::size_t>(i)) & 0x7C00u) ==
-                  0x7C00u;
+            if ((bits & 0x7F800000u) == 0x7F800000u) return i;
         }
-        if (bad) return i;
+        return -1;
+    }
+    const std::uint32_t ones = tensor.dtype == DType::bf16 ? 0x7F80u : 0x7C00u;
+    const auto stride = static_cast<std::int64_t>(
+        is_block_format(tensor.dtype) ? row_bytes(tensor.dtype, block_size) : 2);
+    for (std::int64_t i = begin; i < end; ++i) {
+        if ((load_u16(bytes + stride * i) & ones) == ones) return i;
     }
     return -1;
+}
+
+// Values [begin, begin + n) of an f32, bf16 or f16 tensor.
+void to_floats(const GgufTensor& tensor, std::int64_t begin, std::int64_t n, float* out) {
+    const std::int64_t size = tensor.dtype == DType::f32 ? 4 : 2;
+    const std::uint8_t* bytes = tensor.bytes.data + begin * size;
+    for (std::int64_t i = 0; i < n; ++i) {
+        if (tensor.dtype == DType::f32) {
+            std::memcpy(out + i, bytes + 4 * i, 4);
+        } else if (tensor.dtype == DType::bf16) {
+            out[i] = float_from_bits(static_cast<std::uint32_t>(load_u16(bytes + 2 * i)) << 16);
+        } else {
+            out[i] = float_from_f16(load_u16(bytes + 2 * i));
+        }
+    }
 }
 
 std::string shape_text(const GgufTensor& tensor) {
@@ -65,34 +89,81 @@ std::string shape_text(const GgufTensor& tensor) {
 
 }  // namespace
 
+// The first value that is not finite, found by many threads.
+class FirstBad {
+public:
+    void look(const GgufTensor& tensor, std::int64_t begin, std::int64_t n_values) {
+        const std::int64_t block = is_block_format(tensor.dtype) ? block_size : 1;
+        const std::int64_t found =
+            find_nonfinite(tensor, begin / block, (begin + n_values) / block);
+        if (found >= 0) first_.store(found * block);
+    }
+    void refuse(const GgufFile& file, const GgufTensor& tensor) const {
+        if (first_.load() < 0) return;
+        throw Error(Status::nonfinite, file.name() + ": tensor " + tensor.name +
+                                           " holds NaN or infinity at element " +
+                                           std::to_string(first_.load()));
+    }
+
+private:
+    std::atomic<std::int64_t> first_{-1};
+};
+
 // Takes tensors out of the file one by one; what nobody asked for is an error at the end.
 class WeightReader {
 public:
     WeightReader(const GgufFile& file, int n_threads, Weights* weights)
-        : file_(file), n_threads_(n_threads), weights_(weights) {}
+        : file_(file), n_threads_(n_threads), weights_(weights) {
+        std::size_t total = 0;
+        for (const GgufTensor& tensor : file.tensors())
+            total += size_when_packed(tensor);
+        weights->owned_ = std::make_unique<AlignedBytes>(total);
+    }
 
     Matrix matrix(const std::string& name, std::int64_t rows, std::int64_t cols) {
         const GgufTensor& tensor = take(name, 2, rows, cols);
-        Matrix result{tensor.dtype, rows, cols, tensor.bytes.data};
-        const std::size_t alignment = tensor.dtype == DType::f32 ? 4 : 2;
-        if (tensor.dtype == DType::f16) {
-            result.dtype = DType::f32;
-            result.data = as_floats(tensor);
-        } else if (reinterpret_cast<std::uintptr_t>(tensor.bytes.data) % alignment != 0) {
-            std::uint8_t* copy = allocate(tensor.bytes.size);
-            std::memcpy(copy, tensor.bytes.data, tensor.bytes.size);
-            result.data = copy;
-        }
+        const bool widen = tensor.dtype == DType::f16;
+        Matrix result{widen ? DType::f32 : tensor.dtype, rows, cols, {}};
+        const std::int64_t n_panels = (rows + panel_rows - 1) / panel_rows;
+        const std::size_t size = panel_bytes(result.dtype, cols);
+        std::uint8_t* out = allocate(size * static_cast<std::size_t>(n_panels));
+        result.panels = {out, static_cast<std::int64_t>(size), rows, cols};
+        FirstBad bad;
+        parallel_for(
+            threads_for(rows * cols), n_panels, [&](std::int64_t begin, std::int64_t end, int) {
+                std::vector<float> widened;
+                for (std::int64_t panel = begin; panel < end; ++panel) {
+                    const std::int64_t first = panel * panel_rows;
+                    const std::int64_t n = std::min(panel_rows, rows - first);
+                    bad.look(tensor, first * cols, n * cols);
+                    if (!widen) {
+                        pack_panels(tensor.dtype, tensor.bytes.data, rows, cols, out, panel,
+                                    panel + 1);
+                        continue;
+                    }
+                    widened.resize(static_cast<std::size_t>(n * cols));
+                    to_floats(tensor, first * cols, n * cols, widened.data());
+                    pack_panels(DType::f32, reinterpret_cast<const std::uint8_t*>(widened.data()),
+                                n, cols, out + size * static_cast<std::size_t>(panel), 0, 1);
+                }
+            });
+        bad.refuse(file_, tensor);
         return result;
     }
 
     const float* vector(const std::string& name, std::int64_t size) {
         const GgufTensor& tensor = take(name, 1, 1, size);
-        if (tensor.dtype == DType::q8_0) {
-            throw Error(Status::format_error,
-                        file_.name() + ": tensor " + name + " is q8_0; a vector must be f32");
+        if (is_block_format(tensor.dtype)) {
+            throw Error(Status::format_error, file_.name() + ": tensor " + name + " is " +
+                                                  dtype_name(tensor.dtype) +
+                                                  "; a vector must be f32");
         }
-        return as_floats(tensor);
+        FirstBad bad;
+        bad.look(tensor, 0, size);
+        bad.refuse(file_, tensor);
+        auto* out = reinterpret_cast<float*>(allocate(static_cast<std::size_t>(size) * 4));
+        to_floats(tensor, 0, size, out);
+        return out;
     }
 
     void finish() const {
@@ -120,7 +191,6 @@ private:
                                                   shape_text(*tensor) + ", expected " +
                                                   shape_text(expected));
         }
-        check_finite(*tensor);
         taken_.insert(name);
         const std::uint64_t n_values = tensor->rows * tensor->cols;
         weights_->n_bytes += tensor->dtype == DType::f16 ? 4 * n_values : tensor->bytes.size;
@@ -128,54 +198,28 @@ private:
         return *tensor;
     }
 
-    void check_finite(const GgufTensor& tensor) const {
-        const std::int64_t block = tensor.dtype == DType::q8_0 ? 32 : 1;
-        const auto n = static_cast<std::int64_t>(tensor.rows * tensor.cols) / block;
-        std::atomic<std::int64_t> first{-1};
-        // A thread for less than a few hundred thousand values costs more than it saves.
-        const int threads = n < (1 << 18) ? 1 : n_threads_;
-        parallel_for(threads, n, [&](std::int64_t begin, std::int64_t end, int) {
-            const std::int64_t found = find_nonfinite(tensor, begin, end);
-            if (found >= 0) first.store(found);
-        });
-        if (first.load() >= 0) {
-            throw Error(Status::nonfinite, file_.name() + ": tensor " + tensor.name +
-                                               " holds NaN or infinity at element " +
-                                               std::to_string(first.load() * block));
-        }
-    }
-
-    const float* as_floats(const GgufTensor& tensor) {
-        const std::uint8_t* bytes = tensor.bytes.data;
-        if (tensor.dtype == DType::f32 && reinterpret_cast<std::uintptr_t>(bytes) % 4 == 0) {
-            return reinterpret_cast<const float*>(bytes);
-        }
-        const auto n = static_cast<std::int64_t>(tensor.rows * tensor.cols);
-        auto* out = reinterpret_cast<float*>(allocate(static_cast<std::size_t>(n) * 4));
-        parallel_for(
-            n < (1 << 18) ? 1 : n_threads_, n, [&](std::int64_t begin, std::int64_t end, int) {
-                for (std::int64_t i = begin; i < end; ++i) {
-                    if (tensor.dtype == DType::f32) {
-                        std::memcpy(out + i, bytes + 4 * i, 4);
-                    } else if (tensor.dtype == DType::bf16) {
-                        out[i] = float_from_bits(static_cast<std::uint32_t>(load_u16(bytes + 2 * i))
-                                                 << 16);
-                    } else {
-                        out[i] = float_from_f16(load_u16(bytes + 2 * i));
-                    }
-                }
-            });
-        return out;
-    }
+    // A thread for less than a few hundred thousand values costs more than it saves.
+    int threads_for(std::int64_t n_values) const { return n_values < (1 << 18) ? 1 : n_threads_; }
 
     std::uint8_t* allocate(std::size_t n_bytes) {
-        weights_->owned_.push_back(std::make_unique<std::uint8_t[]>(n_bytes));
-        return weights_->owned_.back().get();
+        std::uint8_t* result = weights_->owned_->data() + n_used_;
+        n_used_ += round_up(n_bytes);
+        return result;
+    }
+
+    static std::size_t round_up(std::size_t n_bytes) { return (n_bytes + 63) / 64 * 64; }
+
+    static std::size_t size_when_packed(const GgufTensor& tensor) {
+        if (tensor.n_dims == 1) return round_up(static_cast<std::size_t>(tensor.cols) * 4);
+        const std::size_t n_panels = (tensor.rows + panel_rows - 1) / panel_rows;
+        const DType dtype = tensor.dtype == DType::f16 ? DType::f32 : tensor.dtype;
+        return n_panels * panel_bytes(dtype, static_cast<std::int64_t>(tensor.cols));
     }
 
     const GgufFile& file_;
     int n_threads_;
     Weights* weights_;
+    std::size_t n_used_ = 0;
     std::set<std::string> taken_;
 };
 
@@ -204,23 +248,14 @@ Weights::Weights(const GgufFile& file, const Config& config, int n_threads) {
     reader.finish();
 }
 
-void dequantize_row(const Matrix& matrix, std::int64_t row, float* out) {
-    const std::int64_t cols = matrix.cols;
-    if (matrix.dtype == DType::f32) {
-        std::memcpy(out, static_cast<const float*>(matrix.data) + row * cols,
-                    static_cast<std::size_t>(cols) * sizeof(float));
-    } else if (matrix.dtype == DType::bf16) {
-        const auto* values = static_cast<const std::uint16_t*>(matrix.data) + row * cols;
-        for (std::int64_t i = 0; i < cols; ++i) {
-            out[i] = float_from_bits(static_cast<std::uint32_t>(values[i]) << 16);
-        }
-    } else {
-        const auto* blocks = static_cast<const BlockQ8_0*>(matrix.data) + row * (cols / 32);
-        for (std::int64_t i = 0; i < cols; ++i) {
-            const BlockQ8_0& block = blocks[i / 32];
-            out[i] = float_from_f16(block.scale) * static_cast<float>(block.q[i % 32]);
-        }
-    }
+AlignedBytes::AlignedBytes(std::size_t size)
+    : alignment_{size < large_page ? 64 : large_page},
+      data_(static_cast<std::uint8_t*>(::operator new(size, alignment_))) {
+#ifdef __linux__
+    if (size >= large_page) madvise(data_, size, MADV_HUGEPAGE);
+#endif
 }
+
+AlignedBytes::~AlignedBytes() { ::operator delete(data_, alignment_); }
 
 }  // namespace tinyllama

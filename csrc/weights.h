@@ -3,19 +3,35 @@
 
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <string>
 #include <vector>
 
 #include "config.h"
 #include "gguf.h"
+#include "kernels/kernel_table.h"
 
 namespace tinyllama {
 
-struct Matrix {                // row-major (rows, cols): y = W x has `rows` elements
-    DType dtype = DType::f32;  // f32, bf16 or q8_0
+// Memory for packed weights, 64-byte aligned, on large pages where it is large and the system can.
+class AlignedBytes {
+public:
+    explicit AlignedBytes(std::size_t size);
+    AlignedBytes(const AlignedBytes&) = delete;
+    AlignedBytes& operator=(const AlignedBytes&) = delete;
+    ~AlignedBytes();
+    std::uint8_t* data() const { return data_; }
+
+private:
+    std::align_val_t alignment_;
+    std::uint8_t* data_;
+};
+
+struct Matrix {                // y = W x has `rows` elements
+    DType dtype = DType::f32;  // f32, bf16, q8_0 or q4_0
     std::int64_t rows = 0;
     std::int64_t cols = 0;
-    const void* data = nullptr;
+    Panels panels{};
 };
 
 struct LayerWeights {
@@ -30,9 +46,9 @@ struct LayerWeights {
 
 class Weights {
 public:
-    // Points into the file's bytes, which must stay alive; what the kernels cannot read in place
-    // (f16, misaligned data) is copied. Throws Error(format_error) when a tensor is missing, of
-    // the wrong shape or not known, Error(nonfinite) when a weight is NaN or infinite.
+    // Copies everything out of the file, packed for the kernels; f16 becomes f32. Throws
+    // Error(format_error) when a tensor is missing, of the wrong shape or not known,
+    // Error(nonfinite) when a weight is NaN or infinite.
     Weights(const GgufFile& file, const Config& config, int n_threads);
 
     Matrix tok_embed;  // (vocab_size, dim)
@@ -40,15 +56,12 @@ public:
     const float* final_norm = nullptr;  // (dim)
     Matrix lm_head;                     // (vocab_size, dim); tok_embed where tied
 
-    std::uint64_t n_bytes = 0;       // of all weights in memory, a tied matrix once
+    std::uint64_t n_bytes = 0;       // of all weights as kept, a tied matrix once
     std::uint64_t n_parameters = 0;  // without padding
 
 private:
     friend class WeightReader;
-    std::vector<std::unique_ptr<std::uint8_t[]>> owned_;
+    std::unique_ptr<AlignedBytes> owned_;
 };
-
-// Row `row` of a matrix as floats: out has cols elements.
-void dequantize_row(const Matrix& matrix, std::int64_t row, float* out);
 
 }  // namespace tinyllama

@@ -77,7 +77,8 @@ def test_info_and_config(model):
     assert info["n_threads"] == 1
     assert info["parameters"] == tiny_checkpoint().config.n_parameters
     assert info["bytes"] == 4 * info["parameters"]
-    assert info["kv_bytes_per_token"] == 4 * 2 * 2 * 16  # keys and values, two layers
+    # Two layers, two key heads: a key of 8, and a value of 8 filled up to 16.
+    assert info["kv_bytes_per_token"] == 4 * 2 * 2 * (8 + 16)
     assert model.config == tiny_checkpoint().config
     assert "tinyllama.Model" in repr(model)
 

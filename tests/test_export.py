@@ -23,7 +23,7 @@ from tinyllama.train import export as module
 from tinyllama.train.export import export
 
 TARGETS = [
-    *[("gguf", dtype) for dtype in ("f32", "f16", "bf16", "q8_0")],
+    *[("gguf", dtype) for dtype in ("f32", "f16", "bf16", "q8_0", "q4_0")],
     *[("hf", dtype) for dtype in ("f32", "f16", "bf16")],
     *[("llama2c", dtype) for dtype in ("f32", "q8_0")],
 ]
@@ -63,6 +63,9 @@ def test_default_dtype_is_the_sources(source: Path, tmp_path: Path) -> None:
     assert again.dtype == "q8_0"
     pytest.importorskip("safetensors")
     assert export(tmp_path / "a.gguf", tmp_path / "folder", "hf").dtype == "f32"
+    export(source, tmp_path / "c.gguf", dtype="q4_0")
+    assert export(tmp_path / "c.gguf", tmp_path / "d.gguf").dtype == "q4_0"
+    assert export(tmp_path / "c.gguf", tmp_path / "folder2", "hf").dtype == "f32"
 
 
 def test_numpy_stands_in_for_torch(
@@ -88,7 +91,11 @@ def test_wrong_weights_are_not_written(
     monkeypatch.setattr(module, "write_gguf", wrong)
     out = tmp_path / "out.gguf"
     out.write_bytes(b"an older model")
-    for dtype, message in {"f32": "logits differ by", "q8_0": "perplexity|diverge"}.items():
+    for dtype, message in {
+        "f32": "logits differ by",
+        "q8_0": "perplexity|diverge",
+        "q4_0": "perplexity|diverge",
+    }.items():
         with pytest.raises(ExportError, match=message):
             export(source, out, dtype=dtype)
         assert out.read_bytes() == b"an older model"
@@ -118,8 +125,8 @@ def test_wrong_tensors_are_not_written(
 def test_arguments(source: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="to is 'onnx'"):
         export(source, tmp_path / "out", "onnx")
-    with pytest.raises(ArgumentError, match="dtype is 'q4_0'"):
-        export(source, tmp_path / "out.gguf", "gguf", "q4_0")
+    with pytest.raises(ArgumentError, match="dtype is 'q4_1'"):
+        export(source, tmp_path / "out.gguf", "gguf", "q4_1")
     with pytest.raises(ArgumentError, match="dtype is 'q8_0'"):
         export(source, tmp_path / "out", "hf", "q8_0")
     with pytest.raises(ArgumentError, match="dtype is 'f16'"):

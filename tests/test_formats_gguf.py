@@ -15,7 +15,7 @@ from tinyllama.formats import dtypes
 from tinyllama.formats.checkpoint import Checkpoint
 from tinyllama.formats.gguf import gguf_bytes, read_gguf, write_gguf
 
-DTYPES = ("f32", "f16", "bf16", "q8_0")
+DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 
 
 def assert_same_config(a: Checkpoint, b: Checkpoint) -> None:
@@ -80,7 +80,7 @@ def test_every_field_of_a_vocabulary_survives() -> None:
     assert_same(read_gguf(gguf_bytes(checkpoint)), checkpoint)
 
 
-@pytest.mark.parametrize("name", ["Q8_0", "BF16", "F16"])
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_0", "BF16", "F16"])
 def test_rounding_is_ggmls_to_the_bit(name: str) -> None:
     gguf = pytest.importorskip("gguf")
     values = hard_values()
@@ -129,6 +129,48 @@ def test_rows_that_are_no_multiple_of_a_block_stay_f32(tmp_path: Path) -> None:
     assert (back.tensors["layers.0.wq"] != checkpoint.tensors["layers.0.wq"]).any()
 
 
+def test_q4_0_keeps_embedding_and_output_in_8_bits(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    checkpoint = tiny_checkpoint(hidden_dim=172, tie_embeddings=False)
+    write_gguf(checkpoint, tmp_path / "model.gguf", "q4_0")
+    reader = gguf.GGUFReader(tmp_path / "model.gguf")
+    assert reader.fields["general.file_type"].contents() == 2
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    kinds = {name: tensor.tensor_type.name for name, tensor in tensors.items()}
+    assert kinds.pop("token_embd.weight") == kinds.pop("output.weight") == "Q8_0"
+    assert {kind for name, kind in kinds.items() if "norm" in name} == {"F32"}
+    assert {kind for name, kind in kinds.items() if "norm" not in name} == {"Q4_0"}
+    back = read_gguf(tmp_path / "model.gguf")
+    assert back.dtype == "q4_0"
+    for name, part in {
+        "layers.1.w_down": "blk.1.ffn_down",
+        "layers.0.w_up": "blk.0.ffn_up",
+    }.items():
+        tensor = tensors[f"{part}.weight"]
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        rows, cols = back.tensors[name].shape
+        np.testing.assert_array_equal(values[:rows, :cols], back.tensors[name])
+
+
+def test_q4_0_blocks() -> None:
+    """The largest is kept to the bit of its f16 scale, nothing is off by more than a step, and
+    zeros and numbers too small for a scale come back as zeros."""
+    x = np.random.default_rng(3).normal(size=(500, 32)).astype(np.float32)
+    x[0], x[1] = 0, 1e-40
+    back = dtypes.decode_tensor(
+        np.frombuffer(dtypes.encode_tensor(x, "q4_0", "x"), np.uint8), "q4_0"
+    )
+    back = back.reshape(x.shape)
+    assert not back[:2].any()
+    largest = np.take_along_axis(x, np.abs(x).argmax(1)[:, None], 1)
+    found = np.take_along_axis(back, np.abs(x).argmax(1)[:, None], 1)
+    np.testing.assert_allclose(found[2:], largest[2:], rtol=2**-11)
+    # A block reaches from -8 to 7 steps: the largest of the other sign may lose a whole one.
+    error, step = np.abs(back - x)[2:], np.abs(largest[2:]) / 8
+    assert (error <= step * 1.01).all()
+    assert (error <= step * 0.51)[np.abs(x[2:]) <= 7 * step].all()
+
+
 def test_written_file_equals_bytes(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint()
     for dtype in DTYPES:
@@ -145,6 +187,7 @@ def test_written_file_equals_bytes(tmp_path: Path) -> None:
         ("f16", 1e5, "beyond f16's 65504"),
         ("bf16", 3.4e38, "beyond bf16's"),
         ("q8_0", 1e7, "too large for q8_0's"),
+        ("q4_0", -6e5, "too large for q4_0's"),
     ],
 )
 def test_weights_that_cannot_be_written(
@@ -161,8 +204,8 @@ def test_weights_that_cannot_be_written(
 
 
 def test_unknown_dtype() -> None:
-    with pytest.raises(ArgumentError, match="dtype is 'q4_0'"):
-        gguf_bytes(tiny_checkpoint(), "q4_0")
+    with pytest.raises(ArgumentError, match="dtype is 'q4_1'"):
+        gguf_bytes(tiny_checkpoint(), "q4_1")
 
 
 FOREIGN = tiny_checkpoint(dim=128, n_kv_heads=4, head_dim=32)

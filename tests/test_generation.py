@@ -70,7 +70,9 @@ def test_generation_ends_at_the_end_tokens(model, end):
 
 
 def test_min_new_tokens_keeps_the_end_away(model):
-    completion = model.complete(PROMPT, logit_bias={2: 1000.0, 1: 1000.0}, min_new_tokens=9)
+    bias = dict.fromkeys(range(3 + 0x80, 3 + 0x100), -math.inf)  # no character of several tokens
+    bias |= {1: 1000.0, 2: 1000.0}
+    completion = model.complete(PROMPT, logit_bias=bias, min_new_tokens=9)
     assert len(completion.tokens) == 9
     assert completion.finish_reason == "stop"
 

@@ -34,7 +34,7 @@ from raw_gguf import (
 from tinyllama import _core
 from tinyllama.errors import ConfigError, FormatError, TinyllamaError
 
-F16, Q4_0, Q8_0, Q4_K, BF16 = 1, 2, 8, 12, 30
+F16, Q4_0, Q4_1, Q8_0, Q4_K, BF16 = 1, 2, 3, 8, 12, 30
 
 
 def read(raw: RawGguf) -> Any:
@@ -67,13 +67,13 @@ def test_metadata_of_every_type(version: int) -> None:
 
 @pytest.mark.parametrize("alignment", [1, 2, 8, 32, 4096, 2**20])
 def test_tensors_and_their_bytes(alignment: int) -> None:
-    sizes = {0: 4 * 64, F16: 2 * 64, BF16: 2 * 64, Q8_0: 2 * 34}
+    sizes = {0: 4 * 64, F16: 2 * 64, BF16: 2 * 64, Q8_0: 2 * 34, Q4_0: 2 * 18}
     rng = np.random.default_rng(0)
     tensors = [Tensor(f"m{kind}", (32, 2), rng.bytes(size), kind) for kind, size in sizes.items()]
     tensors += [Tensor("v", (3,), rng.bytes(12)), Tensor("ones", (2, 1, 1, 1), rng.bytes(8))]
     raw = RawGguf({"general.alignment": (U32, alignment)}, tensors, alignment=alignment)
     reader = read(raw)
-    names = {0: "f32", F16: "f16", BF16: "bf16", Q8_0: "q8_0"}
+    names = {0: "f32", F16: "f16", BF16: "bf16", Q8_0: "q8_0", Q4_0: "q4_0"}
     shapes = [(t.name, names[t.kind], t.dims[:2][::-1]) for t in tensors]
     assert reader.tensors() == shapes
     for tensor in tensors:
@@ -216,9 +216,10 @@ HOSTILE: dict[str, tuple[RawGguf, str]] = {
     ),
     "beyond": (with_tensor((17, 1)), "truncated: tensor 't' needs 68 bytes from byte 96 \\+ 0"),
     "type_q4_k": (with_tensor((256,), Q4_K), "is ggml type 12; known are f32 \\(0\\), f16 \\(1\\)"),
-    "type_q4_0": (with_tensor((32,), Q4_0), "type of tensor 't' is ggml type 2;"),
+    "type_q4_1": (with_tensor((32,), Q4_1), "type of tensor 't' is ggml type 3;"),
     "type_negative": (with_tensor((4,), 2**32 - 1), "is ggml type 4294967295"),
     "q8_row": (with_tensor((16, 2), Q8_0), "row length of tensor 't' is 16; q8_0 needs"),
+    "q4_row": (with_tensor((48, 2), Q4_0), "row length of tensor 't' is 48; q4_0 needs"),
     "offset_unaligned": (with_tensor((4,), offset=4), "is 4, not a multiple of the alignment 32"),
     "offset_gap": (with_tensor((4,), offset=32), "after a gap that belongs to no tensor"),
     "overlap": (

@@ -11,7 +11,7 @@ from random_models import tiny_checkpoint
 from tinyllama import _core
 from tinyllama.formats.gguf import gguf_bytes
 
-DTYPES = ("f32", "f16", "bf16", "q8_0")
+DTYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
 N_TOKENS = 40
 # Sizes that are no multiples of any vector's or block's width, except dim, which q8_0 asks for.
 CHANGES = {"dim": 96, "head_dim": 10, "n_heads": 6, "n_kv_heads": 2, "hidden_dim": 172}
@@ -122,3 +122,43 @@ def test_texts_do_not_depend_on_who_runs_beside_them():
             i = together.index(group)
             one = model.complete(prompts[i], seed=completion.seed, max_new_tokens=12)
             assert one == completion
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_kernel_set_gives_the_same_bits(tokens, dtype):
+    data = gguf_bytes(tiny_checkpoint(3, **{**CHANGES, "head_dim": 16}), dtype)
+    for isa in tinyllama.supported_isas():
+        model = tinyllama.load(data, isa=isa, n_threads=1)
+        logits = _core.forward([_core.Session(model._core, 0)], [tokens], all_logits=True)[0]
+        if isa == tinyllama.supported_isas()[0]:
+            expected = logits
+        assert_same_bits(logits, expected)
+
+
+@pytest.mark.parametrize("kv_dtype", ["f32", "bf16", "int8"])
+def test_forks_and_rewinds_across_blocks_of_the_cache(kv_dtype):
+    """A block holds 32 positions; whole ones are shared until one side writes into them."""
+    model = tinyllama.load(gguf_bytes(tiny_checkpoint(max_seq_len=128)), kv_dtype=kv_dtype)._core
+    rng = np.random.default_rng(7)
+    first = _core.Session(model, 0)
+    sessions, timelines = [first], [[]]
+    for _ in range(150):
+        i = int(rng.integers(len(sessions)))
+        action = rng.random()
+        if action < 0.2 and timelines[i] and len(sessions) < 6:
+            sessions.append(sessions[i].fork(0))
+            timelines.append(list(timelines[i]))
+        elif action < 0.4 and timelines[i]:
+            n = int(rng.integers(1, len(timelines[i]) + 1))
+            sessions[i].rewind(n)
+            del timelines[i][n:]
+        else:
+            new = rng.integers(3, 300, int(rng.integers(1, 40))).tolist()[: 128 - len(timelines[i])]
+            if new:
+                _core.forward([sessions[i]], [new])
+                timelines[i] += new
+        j = int(rng.integers(len(sessions)))
+        if timelines[j]:
+            alone = _core.Session(model, 0)
+            _core.forward([alone], [timelines[j]])
+            assert_same_bits(sessions[j].logits(), alone.logits())

@@ -29,18 +29,18 @@ def test_load_takes_paths_and_bytes(tmp_path):
     assert "".join(tinyllama.stream("a", model=path, max_new_tokens=3, seed=1))
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["f32", "bf16", "q8_0", "q4_0"])
 def test_load_converts_to_a_dtype(dtype):
     data = gguf_bytes(tiny_checkpoint())
     model = tinyllama.load(data, dtype=dtype)
     assert model.info()["dtype"] == dtype
-    tolerance = {"f32": 0, "bf16": 0.3, "q8_0": 0.6}[dtype]
+    tolerance = {"f32": 0, "bf16": 0.3, "q8_0": 0.6, "q4_0": 3.0}[dtype]
     expected = tinyllama.load(data).logits([1, 40, 41])
     assert np.abs(model.logits([1, 40, 41]) - expected).max() <= tolerance
     assert model.config == tiny_checkpoint().config
 
 
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 def test_info_tells_of_the_model_not_of_its_file(dtype):
     """Zero units that pad hidden_dim to whole blocks do not count; f16 is f32 in memory."""
     checkpoint = tiny_checkpoint(hidden_dim=37, tie_embeddings=False)
@@ -88,7 +88,7 @@ def test_an_unknown_kernel_set_is_refused(monkeypatch):
         ({"n_threads": 1.5}, "n_threads is 1.5"),
         ({"max_seq_len": 0}, "max_seq_len is 0"),
         ({"isa": 3}, "isa is 3"),
-        ({"dtype": "f16"}, "dtype is 'f16'; known: f32, bf16, q8_0"),
+        ({"dtype": "f16"}, "dtype is 'f16'; known: f32, bf16, q8_0, q4_0"),
         ({"tokenizer": "tok.model"}, "tok.model"),
     ],
     ids=str,

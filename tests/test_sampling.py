@@ -6,9 +6,10 @@ import math
 import numpy as np
 import pytest
 
-from random_models import tiny_model
-from tinyllama import SamplingParams, _core
+from random_models import tiny_checkpoint, tiny_model
+from tinyllama import SamplingParams, _core, load
 from tinyllama.errors import ArgumentError
+from tinyllama.formats.gguf import gguf_bytes
 
 N_DRAWS = 6000
 PROMPT = [1, 40, 41, 41, 42]
@@ -73,7 +74,7 @@ def test_draws_follow_the_documented_distribution(session, options):
     params = SamplingParams(**options)
     expected = expected_probabilities(session.logits(), params)
     core = params.for_core(300, n_prompt_tokens=len(PROMPT))
-    drawn = np.array([_core.sample(session, core)[0] for _ in range(N_DRAWS)])
+    drawn = np.array([_core.sample(session, core) for _ in range(N_DRAWS)])
     counts = np.bincount(drawn, minlength=300)
     assert counts[expected == 0].sum() == 0  # nothing that the filters drop is ever drawn
     likely = expected * N_DRAWS >= 5
@@ -85,11 +86,74 @@ def test_draws_follow_the_documented_distribution(session, options):
 def test_logprob_is_that_of_the_unmodified_distribution(session):
     logits = session.logits().astype(np.float64)
     expected = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
-    token, logprob = _core.sample(session, SamplingParams(temperature=0.1).for_core(300))
-    assert logprob == pytest.approx(expected[token], abs=1e-6)
+    for token in range(0, 300, 7):
+        assert _core.logprob(session, token) == pytest.approx(expected[token], abs=1e-6)
+    for token in (-1, 300):
+        with pytest.raises(ArgumentError, match=f"token {token} is outside the 300 tokens"):
+            _core.logprob(session, token)
     top = _core.top_logprobs(session, 5)
     assert [t for t, _ in top] == np.argsort(-expected, kind="stable")[:5].tolist()
     np.testing.assert_allclose([p for _, p in top], np.sort(expected)[::-1][:5], atol=1e-6)
+
+
+N_TOKENS = 937  # no multiple of a block of tokens
+
+
+@pytest.fixture(scope="module")
+def blank():
+    """A session whose logits are all 0, so that logit_bias sets them to the bit."""
+    checkpoint = tiny_checkpoint(vocab_size=N_TOKENS)
+    checkpoint.tensors["tok_embed"][:] = 0
+    session = _core.Session(load(gguf_bytes(checkpoint))._core, 4)
+    _core.forward([session], [[1]])
+    assert not session.logits().any()
+    return session
+
+
+def drawn_from(blank, logits, n_draws, **options):
+    bias = {token: float(logit) for token, logit in enumerate(logits)}
+    params = SamplingParams(logit_bias=bias, **options).for_core(N_TOKENS)
+    return np.array([_core.sample(blank, params) for _ in range(n_draws)])
+
+
+@pytest.mark.parametrize("n_kept", [1, 2, 15, 16, 17, 63, 64, 65, 501, 936])
+def test_of_equals_the_lowest_ids_are_kept(blank, n_kept):
+    lowest = set(range(n_kept))
+    for options in ({"top_p": (n_kept - 0.5) / N_TOKENS}, {"top_k": n_kept, "top_p": 1.0}):
+        drawn = drawn_from(blank, np.zeros(N_TOKENS), 3000, **options)
+        assert set(drawn.tolist()) <= lowest
+        if n_kept < 100:  # then 3000 draws meet them all
+            assert set(drawn.tolist()) == lowest
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 6.0], ids=["flat", "usual", "peaked"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.9},
+        {"top_p": 0.05},
+        {"top_p": 0.999},
+        {"top_p": 1.0, "top_k": 100},
+        {"top_p": 0.7, "top_k": 600, "min_p": 0.02},
+        {"top_p": 0.5, "min_p": 0.4},
+        {"top_p": 0.9, "temperature": 0.3},
+        {"top_p": 0.9, "temperature": 1e-9},
+        {"top_p": 0.9, "temperature": 1e5},
+    ],
+    ids=str,
+)
+def test_large_vocabularies_with_many_ties(blank, options, spread):
+    logits = np.round(np.random.default_rng(8).normal(0, spread, N_TOKENS) * 16) / 16
+    p = SamplingParams(**options)
+    expected = expected_probabilities(logits, p)
+    counts = np.bincount(drawn_from(blank, logits, N_DRAWS, **options), minlength=N_TOKENS)
+    assert counts[expected == 0].sum() == 0
+    # Tokens with one probability together, as alone they are too seldom drawn to be counted.
+    _, group = np.unique(expected.round(12), return_inverse=True)
+    counts, likely = np.bincount(group, counts), np.bincount(group, expected) * N_DRAWS
+    counts, likely = counts[likely >= 5], likely[likely >= 5]
+    degrees = max(1, len(likely) - 1)
+    assert ((counts - likely) ** 2 / likely).sum() < degrees + 5 * math.sqrt(2 * degrees)
 
 
 def test_a_seed_gives_the_same_draws():
@@ -99,7 +163,7 @@ def test_a_seed_gives_the_same_draws():
     def draws(seed):
         session = _core.Session(model._core, seed)
         _core.forward([session], [[1, 5]])
-        return [_core.sample(session, params)[0] for _ in range(50)]
+        return [_core.sample(session, params) for _ in range(50)]
 
     assert draws(3) == draws(3)
     assert draws(3) != draws(4)

@@ -5,6 +5,16 @@
 #ifdef __x86_64__
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+#if defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace tinyllama {
 namespace {
@@ -20,34 +30,67 @@ uint64_t saved_state() {
 
 bool has(uint32_t word, int bit) { return (word >> bit & 1) != 0; }
 
-// The level of the vector instructions: 0 none of ours, 1 avx2, 2 avx512, 3 avx512vnni.
-// Bits as in the Intel Software Developer's Manual, volume 2A, CPUID.
-int x86_level() {
-    uint32_t a, b, c, d;
+// Linux gives a process the tile registers when it asks for them, once for all its threads.
+bool ask_for_tiles() {
+#ifdef __linux__
+    const long request_permission = 0x1023, tile_data = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+#else
+    return false;
+#endif
+}
+
+struct Features {
+    bool avx2 = false, avxvnni = false, avx512 = false, avx512vnni = false, amx = false;
+};
+
+// Bits as in the Intel Software Developer's Manual, volume 2A, CPUID. Each set has all that the
+// one before it needs, except that AVX-512 does not need AVX-VNNI.
+Features detect() {
+    Features f;
+    uint32_t a, b, c, d, a1, b1, c1, d1;
     if (__get_cpuid(1, &a, &b, &c, &d) == 0) {
-        return 0;
+        return f;
     }
     const bool fma = has(c, 12), osxsave = has(c, 27), f16c = has(c, 29);
     if (!fma || !osxsave || !f16c || __get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) {
-        return 0;
+        return f;
     }
-    const bool avx2 = has(b, 5);
-    const bool avx512 = has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31);  // F DQ BW VL
-    const bool vnni = has(c, 11);
     const uint64_t ymm = 0x06, zmm = 0xe6;  // SSE and AVX; opmask and both halves of ZMM
+    const uint64_t tiles = 3u << 17;        // their configuration and their data
     const uint64_t saved = saved_state();
-    if (!avx2 || (saved & ymm) != ymm) {
-        return 0;
-    }
-    if (!avx512 || (saved & zmm) != zmm) {
-        return 1;
-    }
-    return vnni ? 3 : 2;
+    f.avx2 = has(b, 5) && (saved & ymm) == ymm;
+    f.avxvnni = f.avx2 && a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) != 0 && has(a1, 4);
+    f.avx512 = f.avx2 && (saved & zmm) == zmm &&  // and F, DQ, BW, VL:
+               has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31);
+    f.avx512vnni = f.avx512 && has(c, 11);
+    const bool amx = has(d, 22) && has(d, 24) && has(d, 25);  // bf16, tile, int8
+    f.amx = f.avx512vnni && amx && (saved & tiles) == tiles && ask_for_tiles();
+    return f;
 }
 
 #endif
 
-const int max_sets = 4;
+#ifdef __aarch64__
+
+// FEAT_DotProd of the Arm architecture, as the operating system tells of it.
+bool has_dot_product() {
+#if defined(__linux__)
+    const unsigned long hwcap_asimddp = 1ul << 20;
+    return (getauxval(AT_HWCAP) & hwcap_asimddp) != 0;
+#elif defined(__APPLE__)
+    int value = 0;
+    size_t size = sizeof(value);
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &value, &size, nullptr, 0) == 0 &&
+           value != 0;
+#else
+    return false;
+#endif
+}
+
+#endif
+
+const int max_sets = 6;
 
 struct Supported {
     const KernelTable* tables[max_sets + 1] = {};
@@ -55,16 +98,24 @@ struct Supported {
 
     Supported() {
         int n = 0;
+        const auto offer = [&](const KernelTable& kernels, bool can_run) {
+            if (!can_run) return;
+            tables[n] = &kernels;
+            names[n++] = kernels.name;
+        };
 #ifdef __x86_64__
-        const KernelTable* const by_level[] = {&kernels_avx2, &kernels_avx512, &kernels_avx512vnni};
-        for (int level = x86_level(); level > 0; --level) {
-            tables[n++] = by_level[level - 1];
-        }
+        const Features f = detect();
+        offer(kernels_avx512amx, f.amx);
+        offer(kernels_avx512vnni, f.avx512vnni);
+        offer(kernels_avx512, f.avx512);
+        offer(kernels_avxvnni, f.avxvnni);
+        offer(kernels_avx2, f.avx2);
 #endif
-        tables[n++] = &kernels_generic;
-        for (int i = 0; i < n; ++i) {
-            names[i] = tables[i]->name;
-        }
+#ifdef __aarch64__
+        offer(kernels_neondotprod, has_dot_product());
+        offer(kernels_neon, true);
+#endif
+        offer(kernels_generic, true);
     }
 };
 

@@ -1,44 +1,93 @@
-// One table of functions per instruction set. Kernels work on ranges of rows, know nothing of
-// threads, allocate nothing and include no C++ standard header with inline functions (a weak
-// symbol compiled here with AVX flags could replace the portable one in the whole program).
+// One table of functions per instruction set. Kernels work on ranges of panels or rows, know
+// nothing of threads, allocate nothing and include no C++ standard header with inline functions (a
+// weak symbol compiled here with AVX flags could replace the portable one in the whole program).
 //
-// The promise every kernel keeps: an output element depends on its own inputs alone. How many
-// tokens are computed in one call, and which range of rows, never changes a bit of it.
+// Matrices come as panels of 16 rows (packing.h): one vector holds the same column of 16 rows, so
+// a kernel computes 16 outputs side by side, each in its own lane, and never sums across a vector.
+//
+// The promise every kernel keeps: an output element depends on its own inputs alone, and its sum
+// has the one order that is written here. How many tokens are computed in one call, and which range
+// of panels, never changes a bit of it.
 #pragma once
 
 #include <stdint.h>
 
 namespace tinyllama {
 
-// 32 weights with one scale: w[i] = f16(scale) * q[i]. The layout of GGUF's q8_0.
-struct BlockQ8_0 {
-    uint16_t scale;
-    int8_t q[32];
-};
-static_assert(sizeof(BlockQ8_0) == 34, "GGUF q8_0 block");
+constexpr int64_t panel_rows = 16;
+constexpr int64_t block_size = 32;  // columns that share a scale in q8_0 and q4_0
 
-// 32 activations with one scale, made by quantize_q8: x[i] ~ scale * q[i], -127 <= q <= 127.
-struct ActQ8 {
-    float scale;
-    int8_t q[32];
+// A packed matrix (rows, cols). Panel p holds rows 16 p to 16 p + 15, rows beyond the last are
+// zero; it begins at data + p * panel_bytes, 64-byte aligned. Within a panel:
+//   f32   float w[cols][16]
+//   bf16  uint16 w[padded / 2][16][2], padded = cols rounded up to 32, zeros there
+//   q8_0  n = cols / 32 blocks: f16 scale[n][16], filled up to 64 bytes, then
+//         int8 q[n][8][16][4]: column 4 i + j of the block, row r at [i][r][j]
+//   q4_0  the same scales, then uint8 q[n][4][16][4]: the low half of a byte is column 4 i + j, the
+//         high half column 16 + 4 i + j, each 0 to 15 and 8 more than the weight / scale
+struct Panels {
+    const uint8_t* data;
+    int64_t panel_bytes;
+    int64_t rows;
+    int64_t cols;
 };
-static_assert(sizeof(ActQ8) == 36, "activation block");
+
+// Activations for q8_0 and q4_0: row t has int8 at q + t * stride (stride: cols rounded up to 64),
+// and for each block of 32 at t * (cols / 32) a scale and the sum of its q: x ~ scale * q.
+struct ActsQ8 {
+    const int8_t* q;
+    const float* scales;
+    const int32_t* sums;
+    int64_t stride;
+};
+
+// Where the products go: y[t * stride + r] = result, or += result.
+struct Output {
+    float* y;
+    int64_t stride;
+    bool add;
+};
+
+// Keys and values of 32 positions, of one layer and all its key heads, lie in one block of memory;
+// a timeline has a list of them. A head's part begins `offset` bytes into each, 64-byte aligned,
+// and holds, with width = head_dim rounded up to 16 and T float, uint16 (bf16) or int8:
+//   int8 only: float key_scale[32], value_scale[32]
+//   T key[head_dim][32]     one vector holds the same element of 16 positions
+//   T value[32][width]      zeros beyond head_dim
+constexpr int64_t kv_block = 32;
+enum class KvType : uint8_t { f32, bf16, int8 };
+
+struct KvHead {
+    uint8_t* const* blocks;  // block i holds positions [32 i, 32 i + 32)
+    int64_t offset;
+    int64_t head_dim;
+    KvType type;
+};
 
 struct KernelTable {
     const char* name;
 
-    // y[t * y_stride + r] = sum over c of w[r][c] * x[t][c], for r in [begin, end), t in
-    // [0, n_tokens). Weights are row-major and need no alignment; strides count elements.
-    void (*matmul_f32)(float* y, int64_t y_stride, const float* w, int64_t cols, const float* x,
-                       int64_t x_stride, int64_t n_tokens, int64_t begin, int64_t end);
-    void (*matmul_bf16)(float* y, int64_t y_stride, const uint16_t* w, int64_t cols, const float* x,
-                        int64_t x_stride, int64_t n_tokens, int64_t begin, int64_t end);
-    // cols is a multiple of 32; x_stride counts blocks.
-    void (*matmul_q8_0)(float* y, int64_t y_stride, const BlockQ8_0* w, int64_t cols,
-                        const ActQ8* x, int64_t x_stride, int64_t n_tokens, int64_t begin,
-                        int64_t end);
-    // n is a multiple of 32; per block of 32: scale = max|x| / 127, q = round to nearest even.
-    void (*quantize_q8)(ActQ8* out, const float* x, int64_t n);
+    // Outputs of panels [begin, end) for n_tokens tokens; rows beyond the last are not written.
+    // f32: acc = fma(w, x, acc) over the columns in order, from 0. x row t at x + t * x_stride.
+    void (*matmul_f32)(const Output& y, const Panels& w, const float* x, int64_t x_stride,
+                       int64_t n_tokens, int64_t begin, int64_t end);
+    // bf16: for each 32 columns in order, e = fma(w, x, e) over the 16 even ones from 0, o over the
+    // odd ones, acc = acc + (e + o), all with subnormals as zero: the sum that AMX's TDPBF16PS
+    // makes (Intel SDM 2). x is bf16 too, padded with zeros to whole 32; x_stride counts elements.
+    void (*matmul_bf16)(const Output& y, const Panels& w, const uint16_t* x, int64_t x_stride,
+                        int64_t n_tokens, int64_t begin, int64_t end);
+    // q8_0 and q4_0: for each block in order, acc = fma(float(sum of the integer products),
+    // w scale * x scale, acc), from 0.
+    void (*matmul_q8_0)(const Output& y, const Panels& w, const ActsQ8& x, int64_t n_tokens,
+                        int64_t begin, int64_t end);
+    void (*matmul_q4_0)(const Output& y, const Panels& w, const ActsQ8& x, int64_t n_tokens,
+                        int64_t begin, int64_t end);
+
+    // Part of a row of activations, n a multiple of 32: scale = max|x| / 127, q = round to nearest
+    // even. Nothing is written beyond.
+    void (*quantize_q8)(int8_t* q, float* scales, int32_t* sums, const float* x, int64_t n);
+    // Rounds to nearest even; out is filled with zeros up to the next multiple of 32.
+    void (*round_bf16)(uint16_t* out, const float* x, int64_t n);
 
     // out = x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich, arXiv 1910.07467)
     void (*rms_norm)(float* out, const float* x, const float* weight, int64_t n, float eps);
@@ -46,21 +95,28 @@ struct KernelTable {
     void (*rope)(float* x, const float* cos, const float* sin, int64_t n_heads, int64_t head_dim);
     // out = silu(gate) * up (Shazeer, arXiv 2002.05202); out may be gate.
     void (*swiglu)(float* out, const float* gate, const float* up, int64_t n);
-    // x += y
-    void (*add)(float* x, const float* y, int64_t n);
-    // One query head over n_positions of the cache: out = softmax(q . k / sqrt(head_dim)) v.
-    // k and v point at this head's vector of position 0; kv_stride is the step to the next
-    // position; scores is scratch for n_positions floats.
-    void (*attend)(float* out, const float* q, const float* k, const float* v, int64_t kv_stride,
-                   int64_t n_positions, int64_t head_dim, float* scores);
+
+    // Writes a position's key and value (head_dim each); int8 with the scale max|.| / 127 of each.
+    void (*store_kv)(const KvHead& head, int64_t pos, const float* k, const float* v);
+    // out[i] = softmax(q[i] . key / sqrt(head_dim)) value over positions [0, n_positions[i]), for
+    // n_queries queries of one key head. Block by block with a running maximum (Milakov and
+    // Gimelshein, arXiv 1805.02867), so that a query's sums depend on its own positions alone.
+    void (*attend)(float* const* out, const float* const* q, const int32_t* n_positions,
+                   int64_t n_queries, const KvHead& head);
 };
 
 // The sets that are compiled in, each defined by the file of its name.
 extern const KernelTable kernels_generic;
 #ifdef __x86_64__
 extern const KernelTable kernels_avx2;
+extern const KernelTable kernels_avxvnni;
 extern const KernelTable kernels_avx512;
 extern const KernelTable kernels_avx512vnni;
+extern const KernelTable kernels_avx512amx;
+#endif
+#ifdef __aarch64__
+extern const KernelTable kernels_neon;
+extern const KernelTable kernels_neondotprod;
 #endif
 
 }  // namespace tinyllama

@@ -1,6 +1,6 @@
-// Kernels for AVX-512 with VNNI (dot products of bytes). Compile with
-//   -O3 -ffp-contract=off -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx2 -mfma
-//   -mf16c
+// Kernels for AVX-512 with VNNI (dot products of bytes).
+// Compile with -O3 -ffp-contract=off -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl
+// -mavx512dq -mavx512vnni
 #include "kernel_table.h"
 
 #ifdef __x86_64__
@@ -9,12 +9,17 @@
 namespace tinyllama {
 namespace {
 #include "vectors_avx512.inc"
-// The order matters: the second is written over the first.
+// Each of these is written over what stands above it.
 
-#include "kernels_x86.inc"
+#include "kernels.inc"
+
+#include "attention.inc"
 }  // namespace
 
-const KernelTable kernels_avx512vnni = x86_table("avx512vnni");
+const KernelTable kernels_avx512vnni = {
+    "avx512vnni", matmul_f32, matmul_bf16, matmul_q8_0, matmul_q4_0, quantize_q8,
+    round_bf16,   rms_norm,   rope,        swiglu,      store_kv,    attend,
+};
 
 }  // namespace tinyllama
 #endif

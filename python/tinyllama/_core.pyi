@@ -68,6 +68,7 @@ class Model:
         name: str = ...,
         n_threads: int = ...,  # 0: as many as physical cores allowed to the process
         isa: str = ...,  # "": the environment variable TINYLLAMA_ISA, else the best
+        kv_dtype: str = ...,  # "": f32
         max_seq_len: int = ...,  # 0: the file's
     ) -> None: ...
     @property
@@ -106,12 +107,14 @@ def forward(
     context full (ContextFullError), a session twice or of another model (ArgumentError), busy
     (BusyError)."""
 
-def sample(
-    session: Session, params: SamplingParams, text: StreamDecoder | None = ...
-) -> tuple[int, float]:
-    """Draw the next token from the session's logits: (token, natural log of its probability under
-    the model's unmodified distribution). With ``text``, what was generated so far, tokens that
-    would break a character are not drawn. The session does not move: feed it with forward()."""
+def sample(session: Session, params: SamplingParams, text: StreamDecoder | None = ...) -> int:
+    """Draw the next token from the session's logits. With ``text``, what was generated so far,
+    tokens that would break a character are not drawn. The session does not move: feed it with
+    forward()."""
+
+def logprob(session: Session, token: int) -> float:
+    """Natural log of the probability of ``token`` as the next one, under the model's unmodified
+    distribution."""
 
 def top_logprobs(session: Session, n: int) -> list[tuple[int, float]]:
     """The n most likely next tokens under the unmodified distribution, best first."""
@@ -134,12 +137,38 @@ def kernel_matmul(
     x: npt.NDArray[np.float32],
     begin: int = ...,
     end: int = ...,
+    add: bool = ...,
 ) -> npt.NDArray[np.float32]:
-    """One kernel on its own, for tests: x (n_tokens, cols) -> (n_tokens, rows)."""
+    """One kernel on its own, for tests: x (n_tokens, cols) -> (n_tokens, rows up to a multiple of
+    16), of which panels [begin, end) of 16 are computed. What is not written is NaN; with add, the
+    products are added to 1."""
+
+def kernel_unpack(
+    dtype: str, weights: npt.NDArray[Any], rows: int, cols: int
+) -> npt.NDArray[np.float32]:
+    """The values (rows, cols) of a matrix that was packed for the kernels."""
+
+def kernel_quantize_q8(
+    isa: str, x: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+    """int8 (up to a multiple of 64; 99 is what was not written), a scale per block of 32, and the
+    sum of each block's int8."""
+
+def kernel_round_bf16(isa: str, x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
+    """The upper halves of x, rounded, up to a multiple of 32."""
+
+def kernel_attend(
+    isa: str,
+    kv_dtype: str,
+    q: npt.NDArray[np.float32],
+    n_positions: npt.NDArray[np.int32],
+    k: npt.NDArray[np.float32],
+    v: npt.NDArray[np.float32],
+) -> npt.NDArray[np.float32]:
+    """Attention of one key head, for tests: query i of q (n_queries, head_dim) looks at the first
+    n_positions[i] of k and v (positions, head_dim), stored in a cache full of NaN."""
 
 def kernel_unary(
     isa: str, name: str, *arrays: npt.NDArray[np.float32], scalar: float = ...
 ) -> npt.NDArray[np.float32]:
-    """rms_norm(x, weight; eps), rope(x (n_heads, head_dim), cos, sin), swiglu(gate, up),
-    add(x, y), attend(q (head_dim,), k (n, head_dim), v (n, head_dim)), quantize_q8(x), which
-    comes back dequantised."""
+    """rms_norm(x, weight; eps), rope(x (n_heads, head_dim), cos, sin), swiglu(gate, up)."""

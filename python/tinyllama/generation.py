@@ -151,7 +151,7 @@ class Continuation:
     def _draw(self) -> str:
         n = len(self.tokens)
         params = self._early_params if n < self._n_banned else self._params
-        token, logprob = _core.sample(self.session, params, self._decoder)
+        token = _core.sample(self.session, params, self._decoder)
         if token in self._ends:
             self.token, self.finish_reason = None, "stop"
             text = self._stops.push(self._decoder.finish())
@@ -159,6 +159,7 @@ class Continuation:
         self.token = token
         self.tokens.append(token)
         if self._n_top is not None:
+            logprob = _core.logprob(self.session, token)
             piece = self._tokenizer.token_bytes(token).decode("utf-8", "replace")
             top = tuple(_core.top_logprobs(self.session, self._n_top)) if self._n_top else ()
             self._logprobs.append(TokenLogprob(token, piece, logprob, top))

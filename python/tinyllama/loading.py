@@ -14,8 +14,8 @@ from .errors import ArgumentError
 from .model import Model, StrPath
 from .sampling import SamplingParams, as_int
 
-DTYPES = ("f32", "bf16", "q8_0")
-KV_DTYPES = ("f32",)
+DTYPES = ("f32", "bf16", "q8_0", "q4_0")
+KV_DTYPES = ("f32", "bf16", "int8")
 
 
 def load(
@@ -33,11 +33,13 @@ def load(
     ``path``: a GGUF file, a Hugging Face directory, a llama2.c ``.bin``, or the bytes of a GGUF
     file; None: the model that ships with the package.
     ``tokenizer``: for a ``.bin``, its ``tokenizer.bin`` or ``.model``; without it, one beside it.
-    ``dtype``: keep the matrices as "f32", "bf16" or "q8_0"; None: as in the file (f16 as f32).
+    ``dtype``: keep the matrices as "f32", "bf16", "q8_0" or "q4_0" (embedding and output then
+    as q8_0); None: as in the file (f16 as f32).
     ``n_threads``: None: one per physical core that the process may use.
     ``isa``: the kernel set, one of ``tinyllama.supported_isas()``; None: the environment variable
     TINYLLAMA_ISA, else the best this machine has.
-    ``kv_dtype``: "f32". ``max_seq_len``: a shorter context than the file's, to save memory.
+    ``kv_dtype``: keep keys and values as "f32", "bf16" or "int8"; None: f32, which costs the most
+    memory and no accuracy. ``max_seq_len``: a shorter context than the file's, to save memory.
 
     Raises FormatError or ConfigError for a damaged or unknown file, ArgumentError for a wrong
     argument, NonFiniteError for NaN among the weights, OSError when a file cannot be read. Formats
@@ -54,6 +56,7 @@ def load(
     options: dict[str, Any] = {
         "n_threads": 0 if n_threads is None else as_int("n_threads", n_threads, 1),
         "isa": isa or "",
+        "kv_dtype": kv_dtype or "",
         "max_seq_len": 0 if max_seq_len is None else as_int("max_seq_len", max_seq_len, 1),
     }
     if path is None:

@@ -146,7 +146,8 @@ std::string outcome_of(const std::string& bytes, fuzz::Random& random) {
     for (const char* const* name = supported_isas(); *name != nullptr; ++name) {
         isas.push_back(*name);
     }
-    const ModelOptions options{1, random.pick(isas), 0};
+    std::vector<std::string> kv_dtypes = {"f32", "bf16", "int8"};
+    const ModelOptions options{1, random.pick(isas), random.pick(kv_dtypes), 0};
     const char* stage = "opened: ";
     byte_limit = live_bytes + 16 * bytes.size() + (1 << 20);
     try {

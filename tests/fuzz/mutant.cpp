@@ -17,7 +17,7 @@ enum : std::uint32_t {
     string_type = 8,
     array_type = 9
 };
-enum : std::uint32_t { f32 = 0, f16 = 1, q8_0 = 8, bf16 = 30 };
+enum : std::uint32_t { f32 = 0, f16 = 1, q4_0 = 2, q8_0 = 8, bf16 = 30 };
 
 template <typename T>
 std::string raw(T value) {
@@ -45,7 +45,8 @@ std::uint64_t data_size(std::uint32_t type, const std::vector<std::uint64_t>& di
     std::uint64_t n = 1;
     for (const std::uint64_t dim : dims)
         n *= dim;
-    return type == f32 ? 4 * n : type == q8_0 ? n / 32 * 34 : 2 * n;
+    if (type == q4_0 || type == q8_0) return n / 32 * (type == q4_0 ? 18 : 34);
+    return (type == f32 ? 4 : 2) * n;
 }
 
 // Small finite weights of any type.
@@ -60,9 +61,9 @@ std::string tensor_data(std::uint32_t type, const std::vector<std::uint64_t>& di
         if (type == f32) data += raw(x);
         if (type == bf16) data += raw(static_cast<std::uint16_t>(bits >> 16));
         if (type == f16) data += raw(static_cast<std::uint16_t>(random.below(2) << 15 | 0x3000u));
-        if (type == q8_0) {
+        if (type == q4_0 || type == q8_0) {
             data += raw(static_cast<std::uint16_t>(0x2000));  // 2^-7
-            for (int i = 0; i < 32; ++i)
+            for (int i = 0; i < (type == q4_0 ? 16 : 32); ++i)
                 data += static_cast<char>(random.next());
         }
     }
@@ -325,8 +326,8 @@ void change_tensor(Tree* tree, Random& random) {
             tensor.name = tree->tensors[random.below(tree->tensors.size())].name;
             break;
         case 2: {
-            const std::uint32_t types[] = {f32, f16, q8_0, bf16, 2, 12};
-            tensor.type = types[random.below(6)];
+            const std::uint32_t types[] = {f32, f16, q4_0, q8_0, bf16, 3, 12};
+            tensor.type = types[random.below(7)];
             break;
         }
         case 3:
@@ -390,6 +391,7 @@ std::vector<Tree> seed_models() {
          {Shape{4, 6, 1, 2, 2, 2, f32, true, false}, Shape{8, 12, 2, 4, 2, 2, bf16, false, true},
           Shape{32, 32, 1, 2, 1, 16, q8_0, true, false},
           Shape{6, 10, 1, 3, 1, 4, f16, false, false},
+          Shape{64, 32, 1, 2, 1, 32, q4_0, false, false},
           Shape{32, 64, 2, 4, 4, 8, q8_0, false, true}}) {
         trees.push_back(seed_model(shape, random));
     }

@@ -51,8 +51,8 @@ struct Tree {
     std::vector<Tensor> tensors;
 };
 
-// Tied and untied, f32, f16, bf16 and q8_0, multi-head, grouped and multi-query, with and without
-// byte tokens, rope scaling and head_dim apart from dim / n_heads.
+// Tied and untied, f32, f16, bf16, q8_0 and q4_0, multi-head, grouped and multi-query, with and
+// without byte tokens, rope scaling and head_dim apart from dim / n_heads.
 std::vector<Tree> seed_models();
 
 std::string write(const Tree& tree);

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from ..errors import TinyllamaError
 
 # In the order of a model's life: text, tokens, training, a file, judgement, use.
-GROUPS = ("data", "tokenizer", "train", "export", "eval", "info", "generate")
+GROUPS = ("data", "tokenizer", "train", "export", "eval", "info", "generate", "bench")
 
 DESCRIPTION = """\
 Train, export and run tiny Llamas on the CPU.
@@ -25,6 +25,7 @@ The life of a model:
   tinyllama export run --out model.gguf
   tinyllama eval model.gguf --text held_out.txt
   tinyllama generate "Once upon a time" -m model.gguf
+  tinyllama bench -m model.gguf
 """
 
 

@@ -19,7 +19,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     """--tokenizer, --dtype, --threads, --isa; the command itself adds the model."""
     group = parser.add_argument_group("how the model is opened")
     group.add_argument("--tokenizer", metavar="FILE", help="tokenizer.bin or .model, for a .bin")
-    group.add_argument("--dtype", help="keep the weights as f32, bf16 or q8_0")
+    group.add_argument("--dtype", help="keep the weights as f32, bf16, q8_0 or q4_0")
     group.add_argument("--threads", type=int, help="default: one per physical core")
     group.add_argument("--isa", help="the kernel set; default: the best this machine has")
 

@@ -66,8 +66,9 @@ class Checkpoint:
     """A model in memory: shape, weights, and how text becomes tokens.
 
     ``tensors`` holds float32 arrays under the names and shapes of ``Config.tensor_shapes()``.
-    ``dtype`` is how the weights were stored where they came from ("f32", "f16", "bf16", "q8_0"):
-    what a writer uses unless told otherwise. ``source`` names that place in error messages.
+    ``dtype`` is how the weights were stored where they came from ("f32", "f16", "bf16", "q8_0",
+    "q4_0"): what a writer uses unless told otherwise. ``source`` names that place in error
+    messages.
 
     Raises FormatError when a tensor is missing, unknown or of the wrong shape, or when the
     tokenizer's size is not the model's.

@@ -1,4 +1,4 @@
-"""The dtypes weights are stored in: f32, f16, bf16, and q8_0 as ggml lays it out."""
+"""The dtypes weights are stored in: f32, f16, bf16, and q8_0 and q4_0 as ggml lays them out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import numpy as np
 
 from ..errors import NonFiniteError
 
-BLOCK = 32  # values of a q8_0 block: a float16 scale, then 32 int8
+BLOCK = 32  # values of a row that share a scale in q8_0 and q4_0
+BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}
 
 
 def encode_tensor(tensor: np.ndarray, dtype: str, what: str) -> memoryview:
@@ -25,9 +26,9 @@ def encode_tensor(tensor: np.ndarray, dtype: str, what: str) -> memoryview:
         if (data & 0x7F80 == 0x7F80).any():
             raise NonFiniteError(f"{what} holds values beyond bf16's 3.39e38; use f32")
     else:
-        data = quantize_q8_0(tensor)
+        data = quantize_q4_0(tensor) if dtype == "q4_0" else quantize_q8_0(tensor)
         if not np.isfinite(data["scale"]).all():
-            raise NonFiniteError(f"{what} holds values too large for q8_0's f16 scales")
+            raise NonFiniteError(f"{what} holds values too large for {dtype}'s f16 scales")
     return data.reshape(-1).view(np.uint8).data
 
 
@@ -39,7 +40,7 @@ def decode_tensor(data: np.ndarray, dtype: str) -> np.ndarray:
         return data.view("<f2").astype(np.float32)
     if dtype == "bf16":
         return from_bf16(data.view("<u2"))
-    return dequantize_q8_0(data)
+    return dequantize_q4_0(data) if dtype == "q4_0" else dequantize_q8_0(data)
 
 
 def to_bf16(x: np.ndarray) -> np.ndarray:
@@ -79,4 +80,37 @@ def dequantize_q8_0(data: np.ndarray) -> np.ndarray:
     records = np.ascontiguousarray(data).view(_Q8_0)
     scales = records["scale"].astype(np.float32)
     values: np.ndarray = records["values"] * scales[:, None]
+    return values.reshape(-1)
+
+
+_Q4_0 = np.dtype([("scale", "<f2"), ("values", "u1", BLOCK // 2)])
+
+
+def quantize_q4_0(x: np.ndarray) -> np.ndarray:
+    """float32 -> records of a float16 scale and 16 bytes, as ggml's reference quantiser does it.
+
+    The value of largest magnitude, the first of several, becomes -8: scale = that / -8, and
+    value = floor(x / scale + 8.5), at most 15, stands for scale · (value - 8). The low half of
+    byte j is value j, the high half value j + 16.
+    """
+    blocks = np.ascontiguousarray(x, np.float32).reshape(-1, BLOCK)
+    largest = np.abs(blocks).argmax(axis=1)[:, None]
+    scale = np.take_along_axis(blocks, largest, axis=1) / np.float32(-8)
+    has_inverse = np.abs(scale) > 2.0**-128
+    inverse = np.divide(1, scale, out=np.zeros_like(scale), where=has_inverse)
+    values = np.minimum(np.floor(blocks * inverse + np.float32(8.5)), 15).astype(np.uint8)
+    records = np.empty(len(blocks), _Q4_0)
+    with np.errstate(over="ignore"):
+        records["scale"] = scale[:, 0]
+    records["values"] = values[:, : BLOCK // 2] | values[:, BLOCK // 2 :] << 4
+    return records
+
+
+def dequantize_q4_0(data: np.ndarray) -> np.ndarray:
+    """The bytes of q4_0 blocks -> float32, flat."""
+    records = np.ascontiguousarray(data).view(_Q4_0)
+    scales = records["scale"].astype(np.float32)
+    packed = records["values"]
+    whole = np.concatenate([packed & 15, packed >> 4], axis=1).astype(np.int8) - np.int8(8)
+    values: np.ndarray = whole * scales[:, None]
     return values.reshape(-1)

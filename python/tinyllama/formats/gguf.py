@@ -18,14 +18,14 @@ from ..config import Config, rope_factors
 from ..errors import ArgumentError
 from ..files import whole_file
 from .checkpoint import Checkpoint, Vocabulary
-from .dtypes import BLOCK, encode_tensor
+from .dtypes import BLOCK, BLOCK_BYTES, encode_tensor
 from .gguf_read import LAYER_NAMES, TOP_NAMES, read_gguf
 
 __all__ = ["gguf_bytes", "read_gguf", "write_gguf"]
 
 ALIGNMENT = 32
 # dtype -> (ggml type of a tensor, general.file_type of a file made mostly of it)
-GGML_TYPES = {"f32": (0, 0), "f16": (1, 1), "q8_0": (8, 7), "bf16": (30, 32)}
+GGML_TYPES = {"f32": (0, 0), "f16": (1, 1), "q8_0": (8, 7), "q4_0": (2, 2), "bf16": (30, 32)}
 
 
 def gguf_bytes(checkpoint: Checkpoint, dtype: str | None = None) -> bytes:
@@ -41,8 +41,9 @@ def write_gguf(
     """Write the checkpoint as a GGUF file, one tensor at a time: to a path, whole or not at all,
     or into a stream.
 
-    ``dtype`` of the matrices: "f32", "f16", "bf16", "q8_0"; None: the checkpoint's own. Norms stay
-    f32. For q8_0, whose blocks are 32 values of a row, hidden_dim is padded with units of zero
+    ``dtype`` of the matrices: "f32", "f16", "bf16", "q8_0", "q4_0"; None: the checkpoint's own.
+    Norms stay f32. With q4_0 the embedding and the output are q8_0, as 4 bits cost most there. For
+    q8_0 and q4_0, whose blocks are 32 values of a row, hidden_dim is padded with units of zero
     weights, which contribute exactly nothing, and its true value kept under
     ``tinyllama.hidden_dim``; a matrix whose rows are no multiple of 32 for another reason (dim or
     n_heads · head_dim) stays f32.
@@ -62,12 +63,12 @@ def _write(stream: BinaryIO, checkpoint: Checkpoint, dtype: str | None) -> None:
     if dtype not in GGML_TYPES:
         raise ArgumentError(f"dtype is {dtype!r}; known: {', '.join(GGML_TYPES)}")
     config = checkpoint.config
-    if dtype == "q8_0":
+    if dtype in BLOCK_BYTES:
         config = replace(config, hidden_dim=-(-config.hidden_dim // BLOCK) * BLOCK)
     shapes = config.tensor_shapes()
     if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
         shapes["rope_factors"] = (config.head_dim // 2,)
-    dtypes = {name: _tensor_dtype(shape, dtype) for name, shape in shapes.items()}
+    dtypes = {name: _tensor_dtype(name, shape, dtype) for name, shape in shapes.items()}
     metadata = _metadata(checkpoint, config, dtype)
     stream.write(b"GGUF" + struct.pack("<IQQ", 3, len(shapes), len(metadata)))
     stream.writelines(_text(key) + value for key, value in metadata.items())
@@ -98,15 +99,19 @@ def gguf_name(name: str) -> str:
     return f"blk.{layer}.{LAYER_NAMES[kind]}.weight"
 
 
-def _tensor_dtype(shape: tuple[int, ...], dtype: str) -> str:
-    if len(shape) == 1 or (dtype == "q8_0" and shape[1] % BLOCK):
+def _tensor_dtype(name: str, shape: tuple[int, ...], dtype: str) -> str:
+    if len(shape) == 1 or (dtype in BLOCK_BYTES and shape[1] % BLOCK):
         return "f32"
+    if dtype == "q4_0" and name in ("tok_embed", "lm_head"):
+        return "q8_0"
     return dtype
 
 
 def _n_bytes(shape: tuple[int, ...], dtype: str) -> int:
     n = int(np.prod(shape, dtype=np.int64))
-    return {"f32": 4 * n, "f16": 2 * n, "bf16": 2 * n, "q8_0": n // BLOCK * (2 + BLOCK)}[dtype]
+    if dtype in BLOCK_BYTES:
+        return n // BLOCK * BLOCK_BYTES[dtype]
+    return n * (4 if dtype == "f32" else 2)
 
 
 def _aligned(n_bytes: int) -> int:
@@ -170,7 +175,7 @@ def _metadata(checkpoint: Checkpoint, config: Config, dtype: str) -> dict[str, b
         "llama.rope.dimension_count": _u32(config.head_dim),
         "llama.rope.freq_base": _f32(config.rope_theta),
     }
-    if dtype == "q8_0":
+    if dtype in BLOCK_BYTES:
         values["general.quantization_version"] = _u32(2)
     if config.hidden_dim != checkpoint.config.hidden_dim:
         values["tinyllama.hidden_dim"] = _u32(checkpoint.config.hidden_dim)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def read_gguf(path: str | os.PathLike[str] | bytes) -> Checkpoint:
     config = _config(keys, len(vocabulary), "output.weight" not in names, len(listed), factors)
     shapes = config.tensor_shapes()
     tensors: dict[str, np.ndarray] = {}
-    dtype = "f32"
+    counts: Counter[str] = Counter()  # of the matrices; some may be of another dtype than most
     for gguf_name, tensor_dtype, shape in listed:
         if gguf_name == "rope_freqs.weight":
             continue
@@ -66,7 +67,8 @@ def read_gguf(path: str | os.PathLike[str] | bytes) -> Checkpoint:
         tensor = decode_tensor(reader.tensor_bytes(gguf_name), tensor_dtype).reshape(shape)
         tensors[name] = _without_padding(tensor, shapes.get(name), keys)
         if tensor_dtype != "f32":
-            dtype = tensor_dtype
+            counts[tensor_dtype] += 1
+    dtype = counts.most_common(1)[0][0] if counts else "f32"
     return Checkpoint(config, tensors, vocabulary, dtype, source)
 
 

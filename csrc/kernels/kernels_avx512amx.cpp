@@ -1,0 +1,30 @@
+// Kernels for AVX-512 with VNNI and AMX (tiles of int8 and bfloat16). The process must have asked
+// the operating system for the tiles before (cpu.cpp).
+// Compile with -O3 -ffp-contract=off -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl
+// -mavx512dq -mavx512vnni -mamx-tile -mamx-int8 -mamx-bf16
+#include "kernel_table.h"
+
+#ifdef __x86_64__
+#include <immintrin.h>
+
+namespace tinyllama {
+namespace {
+#include "vectors_avx512.inc"
+// Each of these is written over what stands above it.
+
+#include "kernels.inc"
+
+#include "attention.inc"
+
+#include "amx.inc"
+}  // namespace
+
+const KernelTable kernels_avx512amx = {
+    "avx512amx",     matmul_f32,      amx_matmul_bf16,
+    amx_matmul_q8_0, amx_matmul_q4_0, quantize_q8,
+    round_bf16,      rms_norm,        rope,
+    swiglu,          store_kv,        attend,
+};
+
+}  // namespace tinyllama
+#endif

@@ -1,0 +1,24 @@
+// Kernels for Armv8 with its baseline Advanced SIMD.
+// Compile with -O3 -ffp-contract=off and no instruction-set flags.
+#include "kernel_table.h"
+
+#ifdef __aarch64__
+#include <arm_neon.h>
+
+namespace tinyllama {
+namespace {
+#include "vectors_neon.inc"
+// Each of these is written over what stands above it.
+
+#include "kernels.inc"
+
+#include "attention.inc"
+}  // namespace
+
+const KernelTable kernels_neon = {
+    "neon",     matmul_f32, matmul_bf16, matmul_q8_0, matmul_q4_0, quantize_q8,
+    round_bf16, rms_norm,   rope,        swiglu,      store_kv,    attend,
+};
+
+}  // namespace tinyllama
+#endif
