@@ -170,6 +170,7 @@ py::dict info_dict(const Model& model) {
     result["dtype"] = dtype_name(model.weights().layers.front().wq.dtype);
     result["isa"] = model.kernels().name;
     result["n_threads"] = model.n_threads();
+    result["n_threads_alone"] = model.n_threads_alone();
     result["openmp"] = has_openmp();
     result["parameters"] = model.weights().n_parameters;
     result["bytes"] = model.weights().n_bytes;

@@ -1,5 +1,7 @@
 #include "model.h"
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdlib>
 #include <utility>
@@ -59,7 +61,9 @@ std::shared_ptr<const Model> Model::open(const FileBytes& bytes, const std::stri
     }
     if (options.max_seq_len > 0) config.max_seq_len = options.max_seq_len;
     // The constructor is private, so make_shared cannot reach it.
-    return std::shared_ptr<const Model>(new Model(name, file, config, kernels, n_threads, kv_type));
+    const std::shared_ptr<Model> model(new Model(name, file, config, kernels, n_threads, kv_type));
+    if (options.n_threads == 0) model->choose_threads_alone();
+    return model;
 }
 
 Model::Model(const std::string& name, const GgufFile& file, const Config& config,
@@ -70,6 +74,7 @@ Model::Model(const std::string& name, const GgufFile& file, const Config& config
       weights_(file, config, n_threads),
       kernels_(kernels),
       n_threads_(n_threads),
+      n_threads_alone_(n_threads),
       kv_layout_{config.n_layers, config.n_kv_heads, config.head_dim, kv_type},
       rope_frequencies_(frequencies_of(config)) {
     if (tokenizer_.vocab_size() != config_.vocab_size) {
@@ -80,6 +85,35 @@ Model::Model(const std::string& name, const GgufFile& file, const Config& config
 }
 
 Model::~Model() = default;
+
+// Tries n, n / 2, ..., 1 threads, a few steps each, as long as fewer cost little: waking others has
+// a price that these steps, one right after the other, do not show. A long step needs no trial.
+void Model::choose_threads_alone() {
+    using Clock = std::chrono::steady_clock;
+    constexpr std::chrono::milliseconds long_step(4);
+    KvCache cache(kv_layout_);
+    cache.reserve(0, 1);
+    std::vector<float> logits(static_cast<std::size_t>(config_.vocab_size));
+    const std::vector<Row> rows{{&cache, 0, 0, logits.data()}};
+    Workspace workspace;
+    Clock::duration best = Clock::duration::max();
+    for (int n = n_threads_, chosen = n; n >= 1 && n_threads_ > 1; n /= 2) {
+        n_threads_alone_ = n;
+        Clock::duration shortest = Clock::duration::max();
+        for (int step = 0; step < 5; ++step) {
+            const Clock::time_point start = Clock::now();
+            forward(*this, rows, workspace);
+            shortest = std::min(shortest, Clock::now() - start);
+            if (step == 1 && shortest > long_step) return;
+        }
+        if (n < n_threads_ && shortest > best + best / 10) {
+            n_threads_alone_ = chosen;
+            return;
+        }
+        chosen = n;
+        best = std::min(best, shortest);
+    }
+}
 
 std::unique_ptr<Workspace> Model::borrow_workspace() const {
     const std::lock_guard<std::mutex> lock(mutex_);

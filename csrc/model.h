@@ -40,6 +40,8 @@ public:
     const Weights& weights() const { return weights_; }
     const KernelTable& kernels() const { return *kernels_; }
     int n_threads() const { return n_threads_; }
+    // For a step of one row, which in a tiny model may be over before other threads are awake.
+    int n_threads_alone() const { return n_threads_alone_; }
     const KvLayout& kv_layout() const { return kv_layout_; }
     // The angle by which pair i of a head turns per position, (head_dim / 2).
     const std::vector<double>& rope_frequencies() const { return rope_frequencies_; }
@@ -51,6 +53,7 @@ public:
 private:
     Model(const std::string& name, const GgufFile& file, const Config& config,
           const KernelTable* kernels, int n_threads, KvType kv_type);
+    void choose_threads_alone();
 
     std::string name_;
     Config config_;
@@ -58,6 +61,7 @@ private:
     Weights weights_;
     const KernelTable* kernels_;
     int n_threads_;
+    int n_threads_alone_;
     KvLayout kv_layout_;
     std::vector<double> rope_frequencies_;
     mutable std::mutex mutex_;

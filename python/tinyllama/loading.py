@@ -35,7 +35,8 @@ def load(
     ``tokenizer``: for a ``.bin``, its ``tokenizer.bin`` or ``.model``; without it, one beside it.
     ``dtype``: keep the matrices as "f32", "bf16", "q8_0" or "q4_0" (embedding and output then
     as q8_0); None: as in the file (f16 as f32).
-    ``n_threads``: None: one per physical core that the process may use.
+    ``n_threads``: None: one per physical core that the process may use, for steps of a single
+    token fewer where a trial while opening shows that more would not pay.
     ``isa``: the kernel set, one of ``tinyllama.supported_isas()``; None: the environment variable
     TINYLLAMA_ISA, else the best this machine has.
     ``kv_dtype``: keep keys and values as "f32", "bf16" or "int8"; None: f32, which costs the most
