@@ -105,10 +105,14 @@ struct Supported {
         };
 #ifdef __x86_64__
         const Features f = detect();
+#ifndef TINYLLAMA_WITHOUT_AMX
         offer(kernels_avx512amx, f.amx);
+#endif
         offer(kernels_avx512vnni, f.avx512vnni);
         offer(kernels_avx512, f.avx512);
+#ifndef TINYLLAMA_WITHOUT_AVXVNNI
         offer(kernels_avxvnni, f.avxvnni);
+#endif
         offer(kernels_avx2, f.avx2);
 #endif
 #ifdef __aarch64__

@@ -4,7 +4,7 @@
 // -mavx512dq -mavx512vnni -mamx-tile -mamx-int8 -mamx-bf16
 #include "kernel_table.h"
 
-#ifdef __x86_64__
+#if defined(__x86_64__) && !defined(TINYLLAMA_WITHOUT_AMX)
 #include <immintrin.h>
 
 namespace tinyllama {

@@ -2,7 +2,7 @@
 // Compile with -O3 -ffp-contract=off -mavx2 -mfma -mf16c -mavxvnni
 #include "kernel_table.h"
 
-#ifdef __x86_64__
+#if defined(__x86_64__) && !defined(TINYLLAMA_WITHOUT_AVXVNNI)
 #include <immintrin.h>
 
 namespace tinyllama {
