@@ -314,6 +314,20 @@ void bind_model(py::module_& m) {
     m.def("forward", &feed_sessions, py::arg("sessions"), py::arg("tokens"),
           py::arg("all_logits") = false);
     m.def(
+        "sample_each",
+        [](const std::vector<Session*>& sessions, const std::vector<const SamplingParams*>& params,
+           const std::vector<const StreamDecoder*>& texts) {
+            if (params.size() != sessions.size() || texts.size() != sessions.size()) {
+                throw Error(Status::invalid_argument, "sessions, params and texts must be as many");
+            }
+            std::vector<Draw> draws;
+            for (std::size_t i = 0; i < sessions.size(); ++i)
+                draws.push_back({sessions[i], params[i], texts[i]});
+            return sample_each(draws);
+        },
+        py::arg("sessions"), py::arg("params"), py::arg("texts"),
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
         "sample",
         [](Session& session, const SamplingParams& params, const StreamDecoder* text) {
             return session.sample(params, text);

@@ -3,9 +3,12 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <string>
 #include <utility>
+
+#include "parallel.h"
 
 namespace tinyllama {
 
@@ -261,6 +264,28 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
         feed.session->logits_valid_ = true;
     }
     transaction.commit();
+}
+
+std::vector<std::int32_t> sample_each(const std::vector<Draw>& draws) {
+    std::vector<std::int32_t> tokens(draws.size());
+    if (draws.empty()) return tokens;
+    std::vector<std::exception_ptr> errors(draws.size());
+    const Model& model = draws.front().session->model();
+    const auto n = static_cast<std::int64_t>(draws.size());
+    const bool little = n * model.config().vocab_size < (1 << 16);
+    parallel_for(little ? 1 : model.n_threads(), n, [&](std::int64_t begin, std::int64_t end, int) {
+        for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
+            try {
+                tokens[i] = draws[i].session->sample(*draws[i].params, draws[i].text);
+            } catch (...) {
+                errors[i] = std::current_exception();
+            }
+        }
+    });
+    for (const std::exception_ptr& error : errors) {
+        if (error != nullptr) std::rethrow_exception(error);
+    }
+    return tokens;
 }
 
 std::vector<double> score(Session& session, const std::vector<std::int32_t>& tokens,

@@ -56,6 +56,17 @@ private:
     std::atomic<bool> in_use_{false};
 };
 
+// How one session draws its next token; see Session::sample.
+struct Draw {
+    Session* session;
+    const SamplingParams* params;
+    const StreamDecoder* text;
+};
+
+// Draws from many sessions, each once, side by side on the threads of the first one's model. Throws
+// what the first of them to fail throws.
+std::vector<std::int32_t> sample_each(const std::vector<Draw>& draws);
+
 // Tokens to append to one session.
 struct Feed {
     Session* session;

@@ -112,6 +112,13 @@ def sample(session: Session, params: SamplingParams, text: StreamDecoder | None 
     tokens that would break a character are not drawn. The session does not move: feed it with
     forward()."""
 
+def sample_each(
+    sessions: Sequence[Session],
+    params: Sequence[SamplingParams],
+    texts: Sequence[StreamDecoder | None],
+) -> list[int]:
+    """sample() for many sessions, each once, side by side on the model's threads."""
+
 def logprob(session: Session, token: int) -> float:
     """Natural log of the probability of ``token`` as the next one, under the model's unmodified
     distribution."""

@@ -96,8 +96,8 @@ def _overlap(text: str, stop: str) -> int:
 class Continuation:
     """One text being continued, on a core session that has read the prompt.
 
-    Each :meth:`step` draws one token; feeding it to the session is the caller's part, so that many
-    sessions can share one pass. ``token`` is what the last step drew, None for an end token.
+    Drawing a token and feeding it to the session is the caller's part, so that many sessions can
+    share both. ``token`` is the last one accepted, None for an end token.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class Continuation:
         self.finish_reason: str | None = None
         self._pieces: list[str] = []
         self._logprobs: list[TokenLogprob] = []
-        self._decoder = decoder
+        self.decoder = decoder
         self._tokenizer = tokenizer
         self._stops = StopMatcher(params.stop_strings())
         self._n_top = n_top
@@ -131,11 +131,15 @@ class Continuation:
         if self._room == 0:
             self.finish_reason = "length"
 
-    def step(self) -> str:
-        """Draw the next token and return the text that became certain with it, possibly none."""
-        text = self._draw()
+    def accept(self, token: int) -> str:
+        """Take the token that was drawn: the text that became certain with it, possibly none."""
+        text = self._accept(token)
         self._pieces.append(text)
         return text
+
+    def params(self) -> _core.SamplingParams:
+        """By which the next token is to be drawn, with ``decoder`` as the text so far."""
+        return self._early_params if len(self.tokens) < self._n_banned else self._params
 
     def completion(self, n_prompt: int) -> Completion:
         """What the steps made, after a prompt of ``n_prompt`` tokens."""
@@ -148,13 +152,11 @@ class Continuation:
             seed=self.session.seed,
         )
 
-    def _draw(self) -> str:
+    def _accept(self, token: int) -> str:
         n = len(self.tokens)
-        params = self._early_params if n < self._n_banned else self._params
-        token = _core.sample(self.session, params, self._decoder)
         if token in self._ends:
             self.token, self.finish_reason = None, "stop"
-            text = self._stops.push(self._decoder.finish())
+            text = self._stops.push(self.decoder.finish())
             return text if self._stops.found else text + self._stops.flush()
         self.token = token
         self.tokens.append(token)
@@ -163,7 +165,7 @@ class Continuation:
             piece = self._tokenizer.token_bytes(token).decode("utf-8", "replace")
             top = tuple(_core.top_logprobs(self.session, self._n_top)) if self._n_top else ()
             self._logprobs.append(TokenLogprob(token, piece, logprob, top))
-        text = self._stops.push(self._decoder.push(token))
+        text = self._stops.push(self.decoder.push(token))
         if self._stops.found:
             self.finish_reason = "stop"
         elif n + 1 == self._room:
@@ -173,11 +175,20 @@ class Continuation:
         return text
 
 
+def draw(continuations: Sequence[Continuation]) -> list[int]:
+    """The next token of each, side by side."""
+    return _core.sample_each(
+        [c.session for c in continuations],
+        [c.params() for c in continuations],
+        [c.decoder for c in continuations],
+    )
+
+
 def stream_pieces(continuation: Continuation) -> Iterator[str]:
     """Text piece by piece. Every token is in the session before its text is handed out, so that
     the session can be read, forked or fed at any moment, and left at any moment."""
     while continuation.finish_reason is None:
-        text = continuation.step()
+        text = continuation.accept(draw([continuation])[0])
         if continuation.token is not None:
             _core.forward([continuation.session], [[continuation.token]])
         if text:
@@ -218,9 +229,10 @@ def complete_prompts(
             session = read.pop(i) if last else read[i].fork(sequence_seed(first_seed, i * n + j))
             decoder = _core.StreamDecoder(model.tokenizer, at_start(model.tokenizer, prompts[i]))
             live[i, j] = Continuation(session, decoder, model, params, n_top)
+        going = [c for c in live.values() if c.finish_reason is None]
+        for continuation, token in zip(going, draw(going), strict=True):
+            continuation.accept(token)
         for (i, j), continuation in list(live.items()):
-            if continuation.finish_reason is None:
-                continuation.step()
             if continuation.finish_reason is not None:
                 done[i, j] = continuation.completion(len(prompts[i]))
                 del live[i, j]
