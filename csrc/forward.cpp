@@ -76,10 +76,9 @@ public:
 
     int n_threads() const {
         if (tap_ != nullptr) return 1;
-        if (n_ == 1) return model_.n_threads_alone();
+        const int most = n_ == 1 ? model_.n_threads_alone() : model_.n_threads();
         const auto work = n_ * static_cast<std::int64_t>(model_.weights().n_parameters);
-        return static_cast<int>(
-            std::clamp<std::int64_t>(work / min_work_per_thread, 1, model_.n_threads()));
+        return static_cast<int>(std::clamp<std::int64_t>(work / min_work_per_thread, 1, most));
     }
 
     void run(const Team& team) {

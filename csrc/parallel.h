@@ -12,8 +12,8 @@ int available_cores();
 // True when the library was built with OpenMP.
 bool has_openmp();
 
-// Calls body(begin, end, thread) over disjoint ranges that cover [0, n), on at most n_threads
-// threads, thread < n_threads. `body` must not throw.
+// Calls body(begin, end) over disjoint ranges that cover [0, n), on at most n_threads threads.
+// `body` must not throw.
 template <typename Body>
 void parallel_for(int n_threads, std::int64_t n, const Body& body);
 
@@ -75,7 +75,7 @@ template <typename Body>
 void parallel_for(int n_threads, std::int64_t n, const Body& body) {
     run_team(static_cast<int>(n < n_threads ? n : n_threads), [&](const Team& team) {
         const Range mine = team.share(n);
-        if (mine.begin < mine.end) body(mine.begin, mine.end, team.thread());
+        if (mine.begin < mine.end) body(mine.begin, mine.end);
     });
 }
 

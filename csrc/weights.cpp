@@ -129,24 +129,20 @@ public:
         std::uint8_t* out = allocate(size * static_cast<std::size_t>(n_panels));
         result.panels = {out, static_cast<std::int64_t>(size), rows, cols};
         FirstBad bad;
-        parallel_for(
-            threads_for(rows * cols), n_panels, [&](std::int64_t begin, std::int64_t end, int) {
-                std::vector<float> widened;
-                for (std::int64_t panel = begin; panel < end; ++panel) {
-                    const std::int64_t first = panel * panel_rows;
-                    const std::int64_t n = std::min(panel_rows, rows - first);
-                    bad.look(tensor, first * cols, n * cols);
-                    if (!widen) {
-                        pack_panels(tensor.dtype, tensor.bytes.data, rows, cols, out, panel,
-                                    panel + 1);
-                        continue;
-                    }
-                    widened.resize(static_cast<std::size_t>(n * cols));
-                    to_floats(tensor, first * cols, n * cols, widened.data());
-                    pack_panels(DType::f32, reinterpret_cast<const std::uint8_t*>(widened.data()),
-                                n, cols, out + size * static_cast<std::size_t>(panel), 0, 1);
-                }
-            });
+        // Rows as floats, for f16 only: taken here, as nothing may throw on the threads.
+        std::vector<float> widened(widen ? static_cast<std::size_t>(rows * cols) : 0);
+        parallel_for(threads_for(rows * cols), n_panels, [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t panel = begin; panel < end; ++panel) {
+                const std::int64_t first = panel * panel_rows * cols;
+                const std::int64_t n = std::min(panel_rows * cols, rows * cols - first);
+                bad.look(tensor, first, n);
+                if (widen) to_floats(tensor, first, n, widened.data() + first);
+                pack_panels(result.dtype,
+                            widen ? reinterpret_cast<const std::uint8_t*>(widened.data())
+                                  : tensor.bytes.data,
+                            rows, cols, out, panel, panel + 1);
+            }
+        });
         bad.refuse(file_, tensor);
         return result;
     }

@@ -40,6 +40,14 @@ def test_load_converts_to_a_dtype(dtype):
     assert model.config == tiny_checkpoint().config
 
 
+def test_threads_of_a_lone_step_are_chosen_by_trial_unless_told():
+    data = gguf_bytes(tiny_checkpoint())
+    told = tinyllama.load(data, n_threads=3).info()
+    assert (told["n_threads"], told["n_threads_alone"]) == (3, 3)
+    chosen = tinyllama.load(data).info()
+    assert 1 <= chosen["n_threads_alone"] <= chosen["n_threads"]
+
+
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "q8_0", "q4_0"])
 def test_info_tells_of_the_model_not_of_its_file(dtype):
     """Zero units that pad hidden_dim to whole blocks do not count; f16 is f32 in memory."""

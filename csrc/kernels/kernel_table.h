@@ -99,8 +99,9 @@ struct KernelTable {
     // Writes a position's key and value (head_dim each); int8 with the scale max|.| / 127 of each.
     void (*store_kv)(const KvHead& head, int64_t pos, const float* k, const float* v);
     // out[i] = softmax(q[i] . key / sqrt(head_dim)) value over positions [0, n_positions[i]), for
-    // n_queries queries of one key head. Block by block with a running maximum (Milakov and
-    // Gimelshein, arXiv 1805.02867), so that a query's sums depend on its own positions alone.
+    // n_queries queries of one key head, in spans of 128 positions with a running maximum (Milakov
+    // and Gimelshein, arXiv 1805.02867): a query's sums depend on its own positions alone. Their
+    // order stands in attention.inc.
     void (*attend)(float* const* out, const float* const* q, const int32_t* n_positions,
                    int64_t n_queries, const KvHead& head);
 };
