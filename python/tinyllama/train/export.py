@@ -40,7 +40,7 @@ MAX_PERPLEXITY_RATIO = 1.02
 MAX_KL = 0.02  # nats per token
 # 4 bits lose more; still far below what a wrong tensor, scale or order does.
 MAX_PERPLEXITY_RATIO_Q4_0 = 1.1
-MAX_KL_Q4_0 = 0.2
+MAX_KL_Q4_0 = 0.1
 
 TEXT = """\
 Once upon a time, in a small house by the river, there lived a girl named Mia. She had a little
@@ -104,7 +104,7 @@ def export(
 
     Raises ExportError when the written model computes something else; then, as after any other
     error, nothing is left and what stood at ``out`` stays. The bounds: in f32, logits within 1e-3
-    of the largest; in q4_0, perplexity within 10 % and a mean divergence of 0.2 nats per token;
+    of the largest; in q4_0, perplexity within 10 % and a mean divergence of 0.1 nats per token;
     else 2 % and 0.02.
     Raises ArgumentError for unknown formats, dtypes, a name that does not fit the format, or too
     little text, OSError for a place that cannot be written, both before any work, and what readers
