@@ -68,16 +68,17 @@ DType find_dtype(const std::string& name) {
 }
 
 struct Packed {
-    Packed(DType dtype, const py::array& weights, std::int64_t rows, std::int64_t cols)
+    Packed(const KernelTable& k, DType dtype, const py::array& weights, std::int64_t rows,
+           std::int64_t cols)
         : n_panels((rows + panel_rows - 1) / panel_rows),
           panel_size(static_cast<std::int64_t>(panel_bytes(dtype, cols))),
-          lines(n_panels * panel_size) {
+          lines(n_panels * panel_size + panels_slack) {
         const auto n_bytes = static_cast<std::uint64_t>(weights.nbytes());
         require((weights.flags() & py::array::c_style) != 0, "weights must be contiguous");
         require(n_bytes == row_bytes(dtype, static_cast<std::uint64_t>(cols)) *
                                static_cast<std::uint64_t>(rows),
                 "weights have the wrong size");
-        pack_panels(dtype, static_cast<const std::uint8_t*>(weights.data()), rows, cols,
+        pack_panels(k, dtype, static_cast<const std::uint8_t*>(weights.data()), rows, cols,
                     lines.data(), 0, n_panels);
         panels = {lines.data(), panel_size, rows, cols};
     }
@@ -90,13 +91,14 @@ struct Quantized {
     Quantized(const KernelTable& k, const float* x, std::int64_t n_tokens, std::int64_t n)
         : stride((n + 63) / 64 * 64),
           q(static_cast<std::size_t>(n_tokens * stride), std::int8_t{99}),
-          scales(static_cast<std::size_t>(n_tokens * n / block_size)),
-          sums(scales.size()) {
+          scales(static_cast<std::size_t>(n_tokens * n_groups(n))),
+          sums(static_cast<std::size_t>(n_tokens * n / block_size)) {
         for (std::int64_t t = 0; t < n_tokens; ++t) {
-            k.quantize_q8(q.data() + t * stride, scales.data() + t * (n / block_size),
+            k.quantize_q8(q.data() + t * stride, scales.data() + t * n_groups(n),
                           sums.data() + t * (n / block_size), x + t * n, n);
         }
     }
+    static std::int64_t n_groups(std::int64_t n) { return (n + group_size - 1) / group_size; }
     ActsQ8 acts() const { return {q.data(), scales.data(), sums.data(), stride}; }
     std::int64_t stride;
     std::vector<std::int8_t> q;
@@ -121,7 +123,7 @@ py::array_t<float> kernel_matmul(const std::string& isa, const std::string& dtyp
                                  bool add) {
     const KernelTable& k = kernels_named(isa);
     const DType dtype = find_dtype(dtype_text);
-    Packed w(dtype, weights, rows, cols);
+    Packed w(k, dtype, weights, rows, cols);
     if (end < 0) end = w.n_panels;
     require(x.ndim() == 2 && x.shape(1) == cols, "x must be (n_tokens, cols)");
     require(0 <= begin && begin <= end && end <= w.n_panels, "begin and end count panels");
@@ -144,9 +146,9 @@ py::array_t<float> kernel_matmul(const std::string& isa, const std::string& dtyp
     return out;
 }
 
-py::array_t<float> kernel_unpack(const std::string& dtype, const py::array& weights,
-                                 std::int64_t rows, std::int64_t cols) {
-    const Packed w(find_dtype(dtype), weights, rows, cols);
+py::array_t<float> kernel_unpack(const std::string& isa, const std::string& dtype,
+                                 const py::array& weights, std::int64_t rows, std::int64_t cols) {
+    const Packed w(kernels_named(isa), find_dtype(dtype), weights, rows, cols);
     py::array_t<float> out({rows, cols});
     for (std::int64_t row = 0; row < rows; ++row)
         unpack_row(find_dtype(dtype), w.panels, row, out.mutable_data() + row * cols);
@@ -234,8 +236,8 @@ void bind_kernels(py::module_& m) {
     m.def("kernel_matmul", &kernel_matmul, py::arg("isa"), py::arg("dtype"), py::arg("weights"),
           py::arg("rows"), py::arg("cols"), py::arg("x"), py::arg("begin") = 0, py::arg("end") = -1,
           py::arg("add") = false);
-    m.def("kernel_unpack", &kernel_unpack, py::arg("dtype"), py::arg("weights"), py::arg("rows"),
-          py::arg("cols"));
+    m.def("kernel_unpack", &kernel_unpack, py::arg("isa"), py::arg("dtype"), py::arg("weights"),
+          py::arg("rows"), py::arg("cols"));
     m.def("kernel_quantize_q8", &kernel_quantize_q8, py::arg("isa"), py::arg("x"));
     m.def("kernel_round_bf16", &kernel_round_bf16, py::arg("isa"), py::arg("x"));
     m.def("kernel_attend", &kernel_attend, py::arg("isa"), py::arg("kv_dtype"), py::arg("q"),

@@ -13,6 +13,7 @@
 #include "forward.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <initializer_list>
@@ -34,11 +35,13 @@ std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1)
 
 std::int64_t n_panels(const Matrix& w) { return (w.rows + panel_rows - 1) / panel_rows; }
 
+std::int64_t n_groups(std::int64_t width) { return round_up(width, group_size) / group_size; }
+
 // The forms of one input that the matrices reading it ask for, beside floats.
-struct Forms {
+struct Asked {
     bool bf16 = false;
     bool q8 = false;
-    Forms(std::initializer_list<const Matrix*> readers) {
+    Asked(std::initializer_list<const Matrix*> readers) {
         for (const Matrix* w : readers) {
             bf16 = bf16 || w->dtype == DType::bf16;
             q8 = q8 || w->dtype == DType::q8_0 || w->dtype == DType::q4_0;
@@ -46,14 +49,13 @@ struct Forms {
     }
 };
 
-void fit(Activations* a, std::int64_t n, std::int64_t width, const Forms& forms) {
+void fit(Forms* forms, std::int64_t n, std::int64_t width, const Asked& asked) {
     const auto size = [n](std::int64_t per_row) { return static_cast<std::size_t>(n * per_row); };
-    a->values.resize(size(width));
-    if (forms.bf16) a->bf16.resize(size(round_up(width, block_size)));
-    if (!forms.q8) return;
-    a->q8.resize(size(round_up(width, 64)));
-    a->scales.resize(size(width / block_size));
-    a->sums.resize(size(width / block_size));
+    if (asked.bf16) forms->bf16.resize(size(round_up(width, block_size)));
+    if (!asked.q8) return;
+    forms->q8.resize(size(round_up(width, 64)));
+    forms->scales.resize(size(n_groups(width)));
+    forms->sums.resize(size(width / block_size));
 }
 
 class Pass {
@@ -80,6 +82,8 @@ public:
         const auto work = n_ * static_cast<std::int64_t>(model_.weights().n_parameters);
         return static_cast<int>(std::clamp<std::int64_t>(work / min_work_per_thread, 1, most));
     }
+
+    bool all_finite() const { return all_finite_.load(std::memory_order_relaxed); }
 
     void run(const Team& team) {
         embed(team);
@@ -111,8 +115,8 @@ private:
     }
 
     void attention(const Team& team, std::int32_t layer, const LayerWeights& w) {
-        const Activations& h = norm(team, ws_.normed, w.attn_norm, {&w.wq, &w.wk, &w.wv}, n_);
-        show("attn_norm", h.values, c_.dim, layer);
+        const Input h = norm(team, w.attn_norm, {&w.wq, &w.wk, &w.wv}, n_);
+        show("attn_norm", ws_.normed[0], c_.dim, layer);
         matmuls(team, h, {{&w.wq, ws_.q.data()}, {&w.wk, ws_.k.data()}, {&w.wv, ws_.v.data()}});
         team.barrier();
         const auto n_timelines = static_cast<std::int64_t>(timelines_.size());
@@ -125,8 +129,8 @@ private:
         show("q", ws_.q, c_.q_dim(), layer);
         show("k", ws_.k, c_.kv_dim(), layer);
         show("v", ws_.v, c_.kv_dim(), layer);
-        show("attn", ws_.heads[0].values, c_.q_dim(), layer);
-        add_product(team, w.wo, convert_heads(team, w.wo));
+        show("attn", ws_.heads, c_.q_dim(), layer);
+        add_product(team, w.wo, ws_.heads, c_.q_dim());
         show("attn_out", ws_.x, c_.dim, layer);
     }
 
@@ -153,7 +157,7 @@ private:
         for (std::int64_t row = timeline.begin; row < timeline.end; ++row) {
             for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
                 q[n] = query(row, head);
-                out[n] = ws_.heads[0].values.data() + row * c_.q_dim() + head * c_.head_dim;
+                out[n] = ws_.heads.data() + row * c_.q_dim() + head * c_.head_dim;
                 n_positions[n] = at(row).pos + 1;
                 if (++n < max_queries) continue;
                 k_.attend(out, q, n_positions, n, cache);
@@ -163,30 +167,22 @@ private:
         if (n > 0) k_.attend(out, q, n_positions, n, cache);
     }
 
-    // silu(Wgate h) * (Wup h), 32 units at a time, so that whoever computed them also brings them
-    // into the form that Wdown reads.
+    // silu(Wgate h) * (Wup h), each thread its units.
     void feed_forward(const Team& team, std::int32_t layer, const LayerWeights& w) {
-        const Activations& h = norm(team, ws_.normed, w.ffn_norm, {&w.w_gate, &w.w_up}, n_);
-        show("ffn_norm", h.values, c_.dim, layer);
-        constexpr std::int64_t panels = block_size / panel_rows;
-        const Range mine = team.share(round_up(c_.hidden_dim, block_size) / block_size);
-        const Range both{mine.begin * panels, std::min(mine.end * panels, n_panels(w.w_gate))};
-        Activations& hidden = ws_.hidden;
-        if (mine.begin < mine.end) {
-            matmul(w.w_gate, h, {hidden.values.data(), c_.hidden_dim, false}, n_, both);
-            matmul(w.w_up, h, {ws_.up.data(), c_.hidden_dim, false}, n_, both);
-            const Range units{mine.begin * block_size,
-                              std::min<std::int64_t>(mine.end * block_size, c_.hidden_dim)};
-            for (std::int64_t row = 0; row < n_; ++row) {
-                float* gate = hidden.values.data() + row * c_.hidden_dim + units.begin;
-                k_.swiglu(gate, gate, ws_.up.data() + row * c_.hidden_dim + units.begin,
-                          units.end - units.begin);
-                convert(&hidden, row, c_.hidden_dim, {&w.w_down}, units);
-            }
+        const Input h = norm(team, w.ffn_norm, {&w.w_gate, &w.w_up}, n_);
+        show("ffn_norm", ws_.normed[0], c_.dim, layer);
+        const Range mine = team.share(n_panels(w.w_gate));
+        matmul(w.w_gate, h, {ws_.hidden.data(), c_.hidden_dim, false}, n_, mine);
+        matmul(w.w_up, h, {ws_.up.data(), c_.hidden_dim, false}, n_, mine);
+        const std::int64_t begin = mine.begin * panel_rows;
+        const std::int64_t end = std::min<std::int64_t>(mine.end * panel_rows, c_.hidden_dim);
+        for (std::int64_t row = 0; row < n_ && begin < end; ++row) {
+            float* gate = ws_.hidden.data() + row * c_.hidden_dim + begin;
+            k_.swiglu(gate, gate, ws_.up.data() + row * c_.hidden_dim + begin, end - begin);
         }
         team.barrier();
-        show("ffn_hidden", hidden.values, c_.hidden_dim, layer);
-        add_product(team, w.w_down, hidden);
+        show("ffn_hidden", ws_.hidden, c_.hidden_dim, layer);
+        add_product(team, w.w_down, ws_.hidden, c_.hidden_dim);
         show("ffn_out", ws_.x, c_.dim, layer);
     }
 
@@ -195,11 +191,12 @@ private:
         const auto n = static_cast<std::int64_t>(wanted_.size());
         if (n == 0) return;
         const Matrix& head = model_.weights().lm_head;
-        const Activations& h = norm(team, ws_.normed, model_.weights().final_norm, {&head}, n);
-        show("final_norm", h.values, c_.dim);
+        const Input h = norm(team, model_.weights().final_norm, {&head}, n);
+        show("final_norm", ws_.normed[0], c_.dim);
         const Range mine = team.share(n_panels(head));
         const std::int64_t width = head_panels * panel_rows;
         float* tile = ws_.logits.data() + team.thread() * n * width;
+        std::uint32_t seen = 0;
         for (std::int64_t panel = mine.begin; panel < mine.end; panel += head_panels) {
             const Range some{panel, std::min(panel + head_panels, mine.end)};
             const std::int64_t begin = panel * panel_rows;
@@ -207,11 +204,11 @@ private:
             // A kernel writes row r at y + r, and the tile begins with row `begin`.
             matmul(head, h, {tile - begin, width, false}, n, some);
             for (std::int64_t i = 0; i < n; ++i) {
-                std::memcpy(at(wanted_[static_cast<std::size_t>(i)]).logits + begin,
-                            tile + i * width,
-                            static_cast<std::size_t>(end - begin) * sizeof(float));
+                seen |= copy(at(wanted_[static_cast<std::size_t>(i)]).logits + begin,
+                             tile + i * width, end - begin);
             }
         }
+        if (seen >= 0x80000000u) all_finite_.store(false, std::memory_order_relaxed);
         if (tap_ == nullptr) return;
         std::vector<float> logits;
         for (const std::int64_t row : wanted_)
@@ -219,48 +216,61 @@ private:
         show("logits", logits, c_.vocab_size);
     }
 
+    // Bit 31 of the result: some number has an exponent of all ones, which NaN and infinity have.
+    static std::uint32_t copy(float* to, const float* from, std::int64_t n) {
+        std::uint32_t seen = 0;
+        for (std::int64_t i = 0; i < n; ++i) {
+            std::uint32_t bits;
+            std::memcpy(&bits, from + i, sizeof(bits));
+            std::memcpy(to + i, &bits, sizeof(bits));
+            seen |= (bits & 0x7fffffffu) + 0x00800000u;
+        }
+        return seen;
+    }
+
+    // What a product reads: rows of floats, and the forms of them that its weights ask for.
+    struct Input {
+        const float* values;
+        const Forms* forms;
+    };
+
     // rms_norm of n rows of x (in the output only those wanted), in the forms their readers ask
     // for. A single row costs less to compute on every thread than to wait for.
-    const Activations& norm(const Team& team, std::vector<Activations>& into, const float* weight,
-                            const Forms& forms, std::int64_t n) {
+    Input norm(const Team& team, const float* weight, const Asked& asked, std::int64_t n) {
         const bool alone = n == 1;
-        Activations& out = into[alone ? static_cast<std::size_t>(team.thread()) : 0];
+        const auto slot = static_cast<std::size_t>(alone ? team.thread() : 0);
+        float* const values = ws_.normed[slot].data();
         const Range mine = alone ? Range{0, 1} : team.share(n);
         for (std::int64_t i = mine.begin; i < mine.end; ++i) {
             const std::int64_t row = n == n_ ? i : wanted_[static_cast<std::size_t>(i)];
-            k_.rms_norm(out.values.data() + i * c_.dim, x(row), weight, c_.dim, c_.norm_eps);
-            convert(&out, i, c_.dim, forms, {0, c_.dim});
+            k_.rms_norm(values + i * c_.dim, x(row), weight, c_.dim, c_.norm_eps);
+            convert(&ws_.forms[slot], i, values + i * c_.dim, c_.dim, asked);
         }
         if (!alone) team.barrier();
-        return out;
+        return {values, &ws_.forms[slot]};
     }
 
-    const Activations& convert_heads(const Team& team, const Matrix& reader) {
+    // n_ rows that all threads can read, likewise.
+    Input converted(const Team& team, const std::vector<float>& rows, std::int64_t width,
+                    const Asked& asked) {
         const bool alone = n_ == 1;
-        const Forms forms{&reader};
-        const float* values = ws_.heads[0].values.data();
-        Activations& out = ws_.heads[alone ? static_cast<std::size_t>(team.thread()) : 0];
+        const auto slot = static_cast<std::size_t>(alone ? team.thread() : 0);
         const Range mine = alone ? Range{0, 1} : team.share(n_);
-        for (std::int64_t row = mine.begin; row < mine.end; ++row) {
-            if (alone) std::copy(values, values + c_.q_dim(), out.values.data());
-            convert(&out, row, c_.q_dim(), forms, {0, c_.q_dim()});
-        }
-        if (!alone) team.barrier();
-        return out;
+        for (std::int64_t row = mine.begin; row < mine.end; ++row)
+            convert(&ws_.forms[slot], row, rows.data() + row * width, width, asked);
+        if (!alone && (asked.bf16 || asked.q8)) team.barrier();
+        return {rows.data(), &ws_.forms[slot]};
     }
 
-    // Columns [some.begin, some.end) of a row, which begin and end with whole blocks of 32.
-    void convert(Activations* a, std::int64_t row, std::int64_t width, const Forms& forms,
-                 const Range& some) {
-        const float* from = a->values.data() + row * width + some.begin;
-        const std::int64_t n = some.end - some.begin;
-        if (forms.bf16) {
-            k_.round_bf16(a->bf16.data() + row * round_up(width, block_size) + some.begin, from, n);
+    void convert(Forms* forms, std::int64_t row, const float* values, std::int64_t width,
+                 const Asked& asked) {
+        if (asked.bf16) {
+            k_.round_bf16(forms->bf16.data() + row * round_up(width, block_size), values, width);
         }
-        if (!forms.q8) return;
-        const std::int64_t block = (row * width + some.begin) / block_size;
-        k_.quantize_q8(a->q8.data() + row * round_up(width, 64) + some.begin,
-                       a->scales.data() + block, a->sums.data() + block, from, n);
+        if (!asked.q8) return;
+        k_.quantize_q8(forms->q8.data() + row * round_up(width, 64),
+                       forms->scales.data() + row * n_groups(width),
+                       forms->sums.data() + row * (width / block_size), values, width);
     }
 
     struct Product {
@@ -269,7 +279,7 @@ private:
     };
 
     // Several matrices of one input, shared out as if they were one.
-    void matmuls(const Team& team, const Activations& h, std::initializer_list<Product> products) {
+    void matmuls(const Team& team, const Input& h, std::initializer_list<Product> products) {
         std::int64_t total = 0;
         for (const Product& product : products)
             total += n_panels(*product.w);
@@ -284,24 +294,27 @@ private:
         }
     }
 
-    // x += W h
-    void add_product(const Team& team, const Matrix& w, const Activations& h) {
+    // x += W rows
+    void add_product(const Team& team, const Matrix& w, const std::vector<float>& rows,
+                     std::int64_t width) {
+        const Input h = converted(team, rows, width, {&w});
         matmul(w, h, {ws_.x.data(), c_.dim, true}, n_, team.share(n_panels(w)));
         team.barrier();
     }
 
-    void matmul(const Matrix& w, const Activations& h, const Output& y, std::int64_t n,
+    void matmul(const Matrix& w, const Input& h, const Output& y, std::int64_t n,
                 const Range& panels) {
         if (panels.begin >= panels.end) return;
         const std::int64_t cols = w.cols;
+        const Forms& f = *h.forms;
         if (w.dtype == DType::f32) {
-            k_.matmul_f32(y, w.panels, h.values.data(), cols, n, panels.begin, panels.end);
+            k_.matmul_f32(y, w.panels, h.values, cols, n, panels.begin, panels.end);
         } else if (w.dtype == DType::bf16) {
-            k_.matmul_bf16(y, w.panels, h.bf16.data(), round_up(cols, block_size), n, panels.begin,
+            k_.matmul_bf16(y, w.panels, f.bf16.data(), round_up(cols, block_size), n, panels.begin,
                            panels.end);
         } else {
             const auto kernel = w.dtype == DType::q8_0 ? k_.matmul_q8_0 : k_.matmul_q4_0;
-            kernel(y, w.panels, {h.q8.data(), h.scales.data(), h.sums.data(), round_up(cols, 64)},
+            kernel(y, w.panels, {f.q8.data(), f.scales.data(), f.sums.data(), round_up(cols, 64)},
                    n, panels.begin, panels.end);
         }
     }
@@ -324,25 +337,28 @@ private:
         ws_.q.resize(size(c_.q_dim()));
         ws_.k.resize(size(c_.kv_dim()));
         ws_.v.resize(size(c_.kv_dim()));
+        ws_.heads.resize(size(c_.q_dim()));
+        ws_.hidden.resize(size(c_.hidden_dim));
         ws_.up.resize(size(c_.hidden_dim));
         ws_.cos.resize(size(c_.head_dim / 2));
         ws_.sin.resize(size(c_.head_dim / 2));
         ws_.logits.resize(n_teammates *
                           static_cast<std::size_t>(n_wanted * head_panels * panel_rows));
         ws_.normed.resize(n_teammates);
-        ws_.heads.resize(n_teammates);
-        const Forms all = forms_of_model();
+        ws_.forms.resize(n_teammates);
+        const Asked all = asked_by_model();
+        const std::int64_t widest = std::max<std::int64_t>({c_.dim, c_.q_dim(), c_.hidden_dim});
         for (std::size_t i = 0; i < n_teammates; ++i) {
-            fit(&ws_.normed[i], i == 0 ? n_ : 1, c_.dim, all);
-            fit(&ws_.heads[i], i == 0 ? n_ : 1, c_.q_dim(), all);
+            const std::int64_t n = i == 0 ? n_ : 1;
+            ws_.normed[i].resize(static_cast<std::size_t>(n * c_.dim));
+            fit(&ws_.forms[i], n, widest, all);
         }
-        fit(&ws_.hidden, n_, c_.hidden_dim, all);
     }
 
-    Forms forms_of_model() const {
-        Forms all{&model_.weights().lm_head};
+    Asked asked_by_model() const {
+        Asked all{&model_.weights().lm_head};
         for (const LayerWeights& w : model_.weights().layers) {
-            const Forms of_layer{&w.wq, &w.wk, &w.wv, &w.wo, &w.w_gate, &w.w_up, &w.w_down};
+            const Asked of_layer{&w.wq, &w.wk, &w.wv, &w.wo, &w.w_gate, &w.w_up, &w.w_down};
             all.bf16 = all.bf16 || of_layer.bf16;
             all.q8 = all.q8 || of_layer.q8;
         }
@@ -364,15 +380,17 @@ private:
     std::int64_t n_;
     std::vector<std::int64_t> wanted_;  // rows whose logits are asked for
     std::vector<Range> timelines_;      // rows of one timeline each
+    std::atomic<bool> all_finite_{true};
 };
 
 }  // namespace
 
-void forward(const Model& model, const std::vector<Row>& rows, Workspace& workspace,
+bool forward(const Model& model, const std::vector<Row>& rows, Workspace& workspace,
              const Tap* tap) {
-    if (rows.empty()) return;
+    if (rows.empty()) return true;
     Pass pass(model, rows, workspace, tap);
     run_team(pass.n_threads(), [&](const Team& team) { pass.run(team); });
+    return pass.all_finite();
 }
 
 }  // namespace tinyllama

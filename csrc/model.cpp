@@ -71,7 +71,7 @@ Model::Model(const std::string& name, const GgufFile& file, const Config& config
     : name_(name),
       config_(config),
       tokenizer_(file),
-      weights_(file, config, n_threads),
+      weights_(file, config, *kernels, n_threads),
       kernels_(kernels),
       n_threads_(n_threads),
       n_threads_alone_(n_threads),

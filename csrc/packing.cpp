@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <vector>
 
 namespace tinyllama {
 namespace {
@@ -14,11 +13,11 @@ constexpr std::int64_t line_bytes = panel_rows * word_bytes;
 
 using Words = std::uint32_t __attribute__((vector_size(16)));
 
-// Four words of four rows.
+// Four words of four rows. A row that is null is zero, here and below.
 inline void transpose_4x4(const std::uint8_t* const* rows, std::int64_t word, std::uint8_t* out) {
-    Words r[4];
+    Words r[4] = {};
     for (int i = 0; i < 4; ++i) {
-        std::memcpy(&r[i], rows[i] + word * word_bytes, sizeof(r[i]));
+        if (rows[i] != nullptr) std::memcpy(&r[i], rows[i] + word * word_bytes, sizeof(r[i]));
     }
     const Words low01 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
     const Words low23 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
@@ -33,6 +32,11 @@ inline void transpose_4x4(const std::uint8_t* const* rows, std::int64_t word, st
     }
 }
 
+void copy_word(std::uint8_t* out, const std::uint8_t* row, std::int64_t at) {
+    std::memset(out, 0, word_bytes);
+    if (row != nullptr) std::memcpy(out, row + at, word_bytes);
+}
+
 // `n_words` words of 16 rows.
 void transpose(const std::uint8_t* const (&rows)[panel_rows], std::int64_t n_words,
                std::uint8_t* out) {
@@ -43,38 +47,50 @@ void transpose(const std::uint8_t* const (&rows)[panel_rows], std::int64_t n_wor
         }
     }
     for (; word < n_words; ++word) {
-        for (int r = 0; r < panel_rows; ++r) {
-            std::memcpy(out + word * line_bytes + r * word_bytes, rows[r] + word * word_bytes,
-                        word_bytes);
-        }
+        for (int r = 0; r < panel_rows; ++r)
+            copy_word(out + word * line_bytes + r * word_bytes, rows[r], word * word_bytes);
     }
 }
 
-constexpr std::int64_t scale_bytes = 2;  // f16, before the numbers of each block in the file
+std::int64_t n_groups(std::int64_t cols) { return (cols + group_size - 1) / group_size; }
 
-// Bytes of a block's numbers in one row.
-std::int64_t block_bytes(DType dtype) { return dtype == DType::q8_0 ? 32 : 16; }
-
-// The bytes before the numbers of the first block: the scales of all.
-std::int64_t scales_bytes(std::int64_t cols) {
-    return (cols / block_size * panel_rows * scale_bytes + 63) / 64 * 64;
+// Blocks of 32 become groups of 512: a group of all 16 rows at a time.
+void pack_q8_0(const KernelTable& kernels, const std::uint8_t* const (&rows)[panel_rows],
+               std::int64_t cols, std::uint8_t* out) {
+    constexpr std::int64_t block_bytes = 2 + block_size;
+    auto* const scales = reinterpret_cast<float*>(out);
+    std::uint8_t* const bytes = out + n_groups(cols) * line_bytes;
+    for (std::int64_t begin = 0; begin < cols; begin += group_size) {
+        const std::int64_t n = std::min(group_size, cols - begin);
+        std::int8_t q[panel_rows][group_size];
+        const std::uint8_t* parts[panel_rows] = {};
+        for (std::int64_t r = 0; r < panel_rows; ++r) {
+            float* const scale = scales + begin / group_size * panel_rows + r;
+            *scale = 0.0f;
+            if (rows[r] == nullptr) continue;
+            kernels.regroup_q8_0(q[r], scale, rows[r] + begin / block_size * block_bytes, n);
+            parts[r] = reinterpret_cast<const std::uint8_t*>(q[r]);
+        }
+        transpose(parts, n / word_bytes, bytes + begin * panel_rows);
+    }
 }
 
-void pack_blocks(DType dtype, const std::uint8_t* const (&rows)[panel_rows], std::int64_t cols,
-                 std::uint8_t* out) {
-    const std::int64_t numbers = block_bytes(dtype), stride = scale_bytes + numbers;
-    std::uint8_t* const blocks = out + scales_bytes(cols);
+void pack_q4_0(const std::uint8_t* const (&rows)[panel_rows], std::int64_t cols,
+               std::uint8_t* out) {
+    constexpr std::int64_t scale_bytes = 2, numbers = block_size / 2;
+    constexpr std::int64_t block_bytes = scale_bytes + numbers;
+    std::memset(out, 0, static_cast<std::size_t>(q4_scales_bytes(cols)));
     for (std::int64_t b = 0; b < cols / block_size; ++b) {
-        const std::uint8_t* parts[panel_rows];
-        for (int r = 0; r < panel_rows; ++r) {
-            std::memcpy(out + (b * panel_rows + r) * scale_bytes, rows[r] + b * stride,
-                        scale_bytes);
-            parts[r] = rows[r] + b * stride + scale_bytes;
+        const std::uint8_t* parts[panel_rows] = {};
+        for (std::int64_t r = 0; r < panel_rows; ++r) {
+            if (rows[r] == nullptr) continue;
+            const std::uint8_t* const block = rows[r] + b * block_bytes;
+            std::memcpy(out + (b * panel_rows + r) * scale_bytes, block, scale_bytes);
+            parts[r] = block + scale_bytes;
         }
-        transpose(parts, numbers / word_bytes, blocks + b * numbers * panel_rows);
+        transpose(parts, numbers / word_bytes,
+                  out + q4_scales_bytes(cols) + b * numbers * panel_rows);
     }
-    std::uint8_t* const scales_end = out + cols / block_size * panel_rows * scale_bytes;
-    std::fill(scales_end, blocks, std::uint8_t{0});
 }
 
 void pack_bf16(const std::uint8_t* const (&rows)[panel_rows], std::int64_t cols, std::uint8_t* out,
@@ -84,7 +100,7 @@ void pack_bf16(const std::uint8_t* const (&rows)[panel_rows], std::int64_t cols,
     std::fill(rest, out + n_bytes, std::uint8_t{0});
     if (cols % 2 != 0) {
         for (int r = 0; r < panel_rows; ++r) {
-            std::memcpy(rest + r * word_bytes, rows[r] + (cols - 1) * 2, 2);
+            if (rows[r] != nullptr) std::memcpy(rest + r * word_bytes, rows[r] + (cols - 1) * 2, 2);
         }
     }
 }
@@ -99,17 +115,21 @@ float float_from_f16(std::uint16_t f16) {
     return (f16 & 0x8000u) != 0 ? -magnitude : magnitude;
 }
 
-float block_element(DType dtype, const std::uint8_t* panel, std::int64_t cols, std::int64_t r,
-                    std::int64_t col) {
-    const std::int64_t b = col / block_size, in_block = col % block_size;
+float element_q8_0(const std::uint8_t* panel, std::int64_t cols, std::int64_t r, std::int64_t col) {
+    float scale;
+    std::memcpy(&scale, panel + (col / group_size * panel_rows + r) * word_bytes, sizeof(scale));
+    const std::uint8_t* const bytes = panel + n_groups(cols) * line_bytes;
+    const auto q = static_cast<std::int8_t>(bytes[col / 4 * line_bytes + r * 4 + col % 4]);
+    return scale * static_cast<float>(q);
+}
+
+float element_q4_0(const std::uint8_t* panel, std::int64_t cols, std::int64_t r, std::int64_t col) {
+    const std::int64_t b = col / block_size, in_block = col % block_size, byte = in_block % 16;
     std::uint16_t f16;
-    std::memcpy(&f16, panel + (b * panel_rows + r) * scale_bytes, sizeof(f16));
-    const std::int64_t byte = in_block % block_bytes(dtype);
-    const std::uint8_t bits = panel[scales_bytes(cols) + b * block_bytes(dtype) * panel_rows +
-                                    byte / 4 * line_bytes + r * 4 + byte % 4];
-    const int q = dtype == DType::q8_0 ? static_cast<std::int8_t>(bits)
-                                       : (in_block < 16 ? bits & 15 : bits >> 4) - 8;
-    return float_from_f16(f16) * static_cast<float>(q);
+    std::memcpy(&f16, panel + (b * panel_rows + r) * 2, sizeof(f16));
+    const std::uint8_t* const block = panel + q4_scales_bytes(cols) + b * 256;
+    const std::uint8_t bits = block[byte / 4 * line_bytes + r * 4 + byte % 4];
+    return float_from_f16(f16) * static_cast<float>((in_block < 16 ? bits & 15 : bits >> 4) - 8);
 }
 
 }  // namespace
@@ -118,31 +138,35 @@ std::size_t panel_bytes(DType dtype, std::int64_t cols) {
     std::int64_t n_bytes = cols * line_bytes;  // f32
     if (dtype == DType::bf16) {
         n_bytes = (cols + block_size - 1) / block_size * block_size / 2 * line_bytes;
-    } else if (dtype != DType::f32) {
-        n_bytes = scales_bytes(cols) + cols / block_size * block_bytes(dtype) * panel_rows;
+    } else if (dtype == DType::q8_0) {
+        n_bytes = n_groups(cols) * line_bytes + cols * panel_rows;
+    } else if (dtype == DType::q4_0) {
+        n_bytes = q4_scales_bytes(cols) + cols / 2 * panel_rows;
     }
     return static_cast<std::size_t>(n_bytes);
 }
 
-void pack_panels(DType dtype, const std::uint8_t* source, std::int64_t rows, std::int64_t cols,
-                 std::uint8_t* out, std::int64_t begin, std::int64_t end) {
+void pack_panels(const KernelTable& kernels, DType dtype, const std::uint8_t* source,
+                 std::int64_t rows, std::int64_t cols, std::uint8_t* out, std::int64_t begin,
+                 std::int64_t end) {
     const auto panel_size = static_cast<std::int64_t>(panel_bytes(dtype, cols));
     const auto row_size =
         static_cast<std::int64_t>(row_bytes(dtype, static_cast<std::uint64_t>(cols)));
-    const std::vector<std::uint8_t> zeros(static_cast<std::size_t>(row_size));
     for (std::int64_t panel = begin; panel < end; ++panel) {
         const std::uint8_t* lines[panel_rows];
         for (std::int64_t r = 0; r < panel_rows; ++r) {
             const std::int64_t row = panel * panel_rows + r;
-            lines[r] = row < rows ? source + row * row_size : zeros.data();
+            lines[r] = row < rows ? source + row * row_size : nullptr;
         }
         std::uint8_t* const to = out + panel * panel_size;
         if (dtype == DType::f32) {
             transpose(lines, cols, to);
         } else if (dtype == DType::bf16) {
             pack_bf16(lines, cols, to, panel_size);
+        } else if (dtype == DType::q8_0) {
+            pack_q8_0(kernels, lines, cols, to);
         } else {
-            pack_blocks(dtype, lines, cols, to);
+            pack_q4_0(lines, cols, to);
         }
     }
 }
@@ -157,8 +181,10 @@ void unpack_row(DType dtype, const Panels& panels, std::int64_t row, float* out)
             std::uint8_t bytes[4] = {};
             std::memcpy(bytes + 2, panel + i / 2 * line_bytes + r * word_bytes + i % 2 * 2, 2);
             std::memcpy(out + i, bytes, sizeof(*out));
+        } else if (dtype == DType::q8_0) {
+            out[i] = element_q8_0(panel, panels.cols, r, i);
         } else {
-            out[i] = block_element(dtype, panel, panels.cols, r, i);
+            out[i] = element_q4_0(panel, panels.cols, r, i);
         }
     }
 }

@@ -14,9 +14,11 @@ namespace tinyllama {
 std::size_t panel_bytes(DType dtype, std::int64_t cols);
 
 // Packs panels [begin, end) of a row-major matrix (rows, cols) as the file holds it (f32, bf16,
-// q8_0 or q4_0; `source` need not be aligned) into out, where panel 0 begins.
-void pack_panels(DType dtype, const std::uint8_t* source, std::int64_t rows, std::int64_t cols,
-                 std::uint8_t* out, std::int64_t begin, std::int64_t end);
+// q8_0 or q4_0; `source` need not be aligned) into out, where panel 0 begins. After the last panel
+// there must be panels_slack bytes that may be read.
+void pack_panels(const KernelTable& kernels, DType dtype, const std::uint8_t* source,
+                 std::int64_t rows, std::int64_t cols, std::uint8_t* out, std::int64_t begin,
+                 std::int64_t end);
 
 // Row `row` of a packed matrix as floats: out has cols elements.
 void unpack_row(DType dtype, const Panels& panels, std::int64_t row, float* out);

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <exception>
 #include <limits>
 #include <string>
@@ -51,15 +50,9 @@ private:
     std::unique_ptr<Workspace> workspace_;
 };
 
-void check_finite(const Model& model, const float* logits, std::int32_t pos) {
+// Names the first logit that is not a finite number, if there is one.
+void refuse_nonfinite(const Model& model, const float* logits, std::int32_t pos) {
     const std::int32_t vocab_size = model.config().vocab_size;
-    std::uint32_t seen = 0;  // bit 31: of some logit the exponent is all ones
-    for (std::int32_t i = 0; i < vocab_size; ++i) {
-        std::uint32_t bits;
-        std::memcpy(&bits, logits + i, sizeof(bits));
-        seen |= (bits & 0x7fffffffu) + 0x00800000u;
-    }
-    if (seen < 0x80000000u) return;
     for (std::int32_t i = 0; i < vocab_size; ++i) {
         if (std::isfinite(logits[i])) continue;
         throw Error(Status::nonfinite, model.name() + ": the logit of token " + std::to_string(i) +
@@ -188,8 +181,8 @@ void Session::compute_missing_logits() {
     BorrowedWorkspace workspace(*model_);
     const auto pos = static_cast<std::int32_t>(tokens_.size()) - 1;
     cache_.reserve(pos, pos + 1);
-    forward(*model_, {Row{&cache_, pos, tokens_.back(), logits_.data()}}, *workspace);
-    check_finite(*model_, logits_.data(), pos);
+    const Row row{&cache_, pos, tokens_.back(), logits_.data()};
+    if (!forward(*model_, {row}, *workspace)) refuse_nonfinite(*model_, logits_.data(), pos);
     logits_valid_ = true;
 }
 
@@ -224,9 +217,9 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
     BorrowedWorkspace workspace(model);
     std::vector<Row> rows;
     const auto flush = [&] {
-        forward(model, rows, *workspace, tap);
+        const bool all_finite = forward(model, rows, *workspace, tap);
         for (const Row& row : rows) {
-            if (row.logits != nullptr) check_finite(model, row.logits, row.pos);
+            if (!all_finite && row.logits != nullptr) refuse_nonfinite(model, row.logits, row.pos);
         }
         rows.clear();
     };

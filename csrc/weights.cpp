@@ -112,9 +112,9 @@ private:
 // Takes tensors out of the file one by one; what nobody asked for is an error at the end.
 class WeightReader {
 public:
-    WeightReader(const GgufFile& file, int n_threads, Weights* weights)
-        : file_(file), n_threads_(n_threads), weights_(weights) {
-        std::size_t total = 0;
+    WeightReader(const GgufFile& file, const KernelTable& kernels, int n_threads, Weights* weights)
+        : file_(file), kernels_(kernels), n_threads_(n_threads), weights_(weights) {
+        std::size_t total = panels_slack;
         for (const GgufTensor& tensor : file.tensors())
             total += size_when_packed(tensor);
         weights->owned_ = std::make_unique<AlignedBytes>(total);
@@ -137,7 +137,7 @@ public:
                 const std::int64_t n = std::min(panel_rows * cols, rows * cols - first);
                 bad.look(tensor, first, n);
                 if (widen) to_floats(tensor, first, n, widened.data() + first);
-                pack_panels(result.dtype,
+                pack_panels(kernels_, result.dtype,
                             widen ? reinterpret_cast<const std::uint8_t*>(widened.data())
                                   : tensor.bytes.data,
                             rows, cols, out, panel, panel + 1);
@@ -213,14 +213,16 @@ private:
     }
 
     const GgufFile& file_;
+    const KernelTable& kernels_;
     int n_threads_;
     Weights* weights_;
     std::size_t n_used_ = 0;
     std::set<std::string> taken_;
 };
 
-Weights::Weights(const GgufFile& file, const Config& config, int n_threads) {
-    WeightReader reader(file, n_threads, this);
+Weights::Weights(const GgufFile& file, const Config& config, const KernelTable& kernels,
+                 int n_threads) {
+    WeightReader reader(file, kernels, n_threads, this);
     tok_embed = reader.matrix("token_embd.weight", config.vocab_size, config.dim);
     for (std::int32_t i = 0; i < config.n_layers; ++i) {
         const std::string layer = "blk." + std::to_string(i) + ".";

@@ -15,16 +15,22 @@
 namespace tinyllama {
 
 constexpr int64_t panel_rows = 16;
-constexpr int64_t block_size = 32;  // columns that share a scale in q8_0 and q4_0
+constexpr int64_t block_size = 32;   // columns that share a scale in files of q8_0 and q4_0
+constexpr int64_t group_size = 512;  // columns that share a scale in activations and packed q8_0
+
+// Bytes that kernels may read, and multiply by zero, beyond the last panel.
+constexpr int64_t panels_slack = 512;
 
 // A packed matrix (rows, cols). Panel p holds rows 16 p to 16 p + 15, rows beyond the last are
 // zero; it begins at data + p * panel_bytes, 64-byte aligned. Within a panel:
 //   f32   float w[cols][16]
 //   bf16  uint16 w[padded / 2][16][2], padded = cols rounded up to 32, zeros there
-//   q8_0  n = cols / 32 blocks: f16 scale[n][16], filled up to 64 bytes, then
-//         int8 q[n][8][16][4]: column 4 i + j of the block, row r at [i][r][j]
-//   q4_0  the same scales, then uint8 q[n][4][16][4]: the low half of a byte is column 4 i + j, the
-//         high half column 16 + 4 i + j, each 0 to 15 and 8 more than the weight / scale
+//   q8_0  float scale[groups of 512 columns][16], then int8 q[cols / 4][16][4]: column 4 i + j, row
+//         r at [i][r][j], from -127 to 127. The file's blocks of 32 have become groups of up to 512
+//         (regroup_q8_0): so the products of a whole group are one exact integer.
+//   q4_0  n = cols / 32 blocks: f16 scale[n][16], filled up to 64 bytes, then
+//         uint8 q[n][4][16][4]: the low half of a byte is column 4 i + j of the block, the high
+//         half column 16 + 4 i + j, each 0 to 15 and 8 more than the weight / scale
 struct Panels {
     const uint8_t* data;
     int64_t panel_bytes;
@@ -32,8 +38,11 @@ struct Panels {
     int64_t cols;
 };
 
-// Activations for q8_0 and q4_0: row t has int8 at q + t * stride (stride: cols rounded up to 64),
-// and for each block of 32 at t * (cols / 32) a scale and the sum of its q: x ~ scale * q.
+constexpr int64_t q4_scales_bytes(int64_t cols) { return (cols + 63) / 64 * 64; }
+
+// Activations for q8_0 and q4_0: row t has int8 at q + t * stride (stride: cols rounded up to 64,
+// zeros beyond cols), for each group of 512 a scale, x ~ scale * q, and for each block of 32 the
+// sum of its q. Rows of scales and sums follow each other without gaps.
 struct ActsQ8 {
     const int8_t* q;
     const float* scales;
@@ -76,16 +85,20 @@ struct KernelTable {
     // makes (Intel SDM 2). x is bf16 too, padded with zeros to whole 32; x_stride counts elements.
     void (*matmul_bf16)(const Output& y, const Panels& w, const uint16_t* x, int64_t x_stride,
                         int64_t n_tokens, int64_t begin, int64_t end);
-    // q8_0 and q4_0: for each block in order, acc = fma(float(sum of the integer products),
-    // w scale * x scale, acc), from 0.
+    // q8_0: for each group in order, acc = fma(float(sum of the integer products),
+    // w scale * x scale, acc), from 0. q4_0: for each group in order, acc = fma(part, x scale,
+    // acc), where for each of its blocks in order part = fma(float(sum), w scale, part), from 0.
     void (*matmul_q8_0)(const Output& y, const Panels& w, const ActsQ8& x, int64_t n_tokens,
                         int64_t begin, int64_t end);
     void (*matmul_q4_0)(const Output& y, const Panels& w, const ActsQ8& x, int64_t n_tokens,
                         int64_t begin, int64_t end);
 
-    // Part of a row of activations, n a multiple of 32: scale = max|x| / 127, q = round to nearest
-    // even. Nothing is written beyond.
+    // A row of activations, n a multiple of 32: scale = max|x| / 127, q = round to nearest even,
+    // and zeros up to the next multiple of 64.
     void (*quantize_q8)(int8_t* q, float* scales, int32_t* sums, const float* x, int64_t n);
+    // A row of weights as the file has them, blocks of an f16 scale and 32 int8: likewise, without
+    // the zeros.
+    void (*regroup_q8_0)(int8_t* q, float* scales, const uint8_t* blocks, int64_t cols);
     // Rounds to nearest even; out is filled with zeros up to the next multiple of 32.
     void (*round_bf16)(uint16_t* out, const float* x, int64_t n);
 

@@ -20,10 +20,9 @@ namespace {
 }  // namespace
 
 const KernelTable kernels_avx512amx = {
-    "avx512amx",     matmul_f32,      amx_matmul_bf16,
-    amx_matmul_q8_0, amx_matmul_q4_0, quantize_q8,
-    round_bf16,      rms_norm,        rope,
-    swiglu,          store_kv,        attend,
+    "avx512amx", matmul_f32,   amx_matmul_bf16, amx_matmul_q8_0, amx_matmul_q4_0,
+    quantize_q8, regroup_q8_0, round_bf16,      rms_norm,        rope,
+    swiglu,      store_kv,     attend,
 };
 
 }  // namespace tinyllama

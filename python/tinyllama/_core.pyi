@@ -151,15 +151,15 @@ def kernel_matmul(
     products are added to 1."""
 
 def kernel_unpack(
-    dtype: str, weights: npt.NDArray[Any], rows: int, cols: int
+    isa: str, dtype: str, weights: npt.NDArray[Any], rows: int, cols: int
 ) -> npt.NDArray[np.float32]:
     """The values (rows, cols) of a matrix that was packed for the kernels."""
 
 def kernel_quantize_q8(
     isa: str, x: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """int8 (up to a multiple of 64; 99 is what was not written), a scale per block of 32, and the
-    sum of each block's int8."""
+    """int8 (up to a multiple of 64; 99 is what was not written), a scale per group of 512, and the
+    sum of each 32 int8."""
 
 def kernel_round_bf16(isa: str, x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """The upper halves of x, rounded, up to a multiple of 32."""

@@ -110,16 +110,16 @@ void check_round_bf16(Run& run, Random& random, Kind kind) {
 }
 
 void check_quantize(Run& run, Random& random, Kind kind) {
-    const std::int64_t n = 32 * (1 + below(random, 12));
+    const std::int64_t n = 32 * (1 + below(random, 40)), padded = (n + 63) / 64 * 64;
     std::vector<float> x = draws(random, kind, n);
     const float ties[] = {127.0f, 0.5f, 1.5f, -2.5f, -3.5f};  // at a scale of 1
     if (random.one_in(2)) std::copy(std::begin(ties), std::end(ties), x.begin());
-    std::vector<float> scales(size(n / 32));
-    std::vector<std::int32_t> sums(scales.size());
+    std::vector<float> scales(size((n + 511) / 512));
+    std::vector<std::int32_t> sums(size(n / 32));
     const auto quantize = [&](const KernelTable& set, std::int8_t* q) {
         set.quantize_q8(q, scales.data(), sums.data(), x.data(), n);
     };
-    std::vector<std::int8_t> q(size(n));
+    std::vector<std::int8_t> q(size(padded));
     quantize(*run.generic, q.data());
     const std::vector<float> want_scales = scales;
     const std::vector<std::int32_t> want_sums = sums;
@@ -130,11 +130,11 @@ void check_quantize(Run& run, Random& random, Kind kind) {
             sum += q[size(32 * b + i)];
         if (sum != sums[size(b)]) run.fail("quantize_q8 sums", size(b), sums[size(b)], sum);
     }
-    // The last 32 lie beyond the end and stay as they were.
-    check_row<std::int8_t>(run, "quantize_q8", kind, n + 32, quantize, [&](std::int64_t i) {
-        if (i >= n) return std::pair(1.0, 0.0);
+    // Zeros up to whole lines of 64; the last 32 lie beyond and stay as they were.
+    check_row<std::int8_t>(run, "quantize_q8", kind, padded + 32, quantize, [&](std::int64_t i) {
+        if (i >= n) return std::pair(i < padded ? 0.0 : 1.0, 0.0);
         // Scale, inverse and product are rounded, then to a whole number.
-        const double scale = static_cast<double>(want_scales[size(i / 32)]);
+        const double scale = static_cast<double>(want_scales[size(i / 512)]);
         return std::pair(static_cast<double>(x[size(i)]) / scale, 0.5 + 127 * 4 * u);
     });
     for (const KernelTable* set : run.sets) {

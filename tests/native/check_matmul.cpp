@@ -51,7 +51,38 @@ void append_block(Random& random, DType dtype, std::vector<std::uint8_t>* bytes,
     }
 }
 
-TestMatrix draw_matrix(Random& random, DType dtype, Kind kind, std::int64_t rows,
+// Blocks of 32 become groups of 512: every set makes the same, and each value is rounded once.
+void compare_regrouped(Run& run, const std::vector<std::uint8_t>& bytes, TestMatrix* w) {
+    const Panels& panels = w->panels;
+    const std::int64_t n_panels = (panels.rows + panel_rows - 1) / panel_rows;
+    const std::vector<std::uint8_t> want(panels.data, panels.data + n_panels * panels.panel_bytes);
+    AlignedBytes again(want.size());
+    for (const KernelTable* set : run.sets) {
+        pack_panels(*set, w->dtype, bytes.data(), panels.rows, panels.cols, again.data(), 0,
+                    n_panels);
+        run.expect_same(std::string(set->name) + " regroup_q8_0",
+                        std::vector<std::uint8_t>(again.data(), again.data() + want.size()), want);
+    }
+    std::vector<float> row(size(panels.cols));
+    for (std::int64_t r = 0; r < panels.rows; ++r) {
+        double* const values = w->values.data() + r * panels.cols;
+        unpack_row(w->dtype, panels, r, row.data());
+        for (std::int64_t begin = 0; begin < panels.cols; begin += group_size) {
+            const std::int64_t end = std::min(begin + group_size, panels.cols);
+            double largest = 0.0;
+            for (std::int64_t i = begin; i < end; ++i)
+                largest = std::max(largest, std::fabs(values[i]));
+            for (std::int64_t i = begin; i < end; ++i) {
+                const auto got = static_cast<double>(row[size(i)]);
+                run.expect_near("regroup_q8_0", size(r * panels.cols + i), got, values[i],
+                                largest / 127 * (0.5 + 127 * 4 * u));
+                values[i] = got;
+            }
+        }
+    }
+}
+
+TestMatrix draw_matrix(Run& run, Random& random, DType dtype, Kind kind, std::int64_t rows,
                        std::int64_t cols) {
     std::vector<std::uint8_t> bytes;
     TestMatrix result{dtype, {}, nullptr, {}};
@@ -73,9 +104,10 @@ TestMatrix draw_matrix(Random& random, DType dtype, Kind kind, std::int64_t rows
     }
     const std::int64_t n_panels = (rows + panel_rows - 1) / panel_rows;
     const std::size_t panel_size = panel_bytes(dtype, cols);
-    result.packed = std::make_unique<AlignedBytes>(panel_size * size(n_panels));
-    pack_panels(dtype, bytes.data(), rows, cols, result.packed->data(), 0, n_panels);
+    result.packed = std::make_unique<AlignedBytes>(panel_size * size(n_panels) + panels_slack);
+    pack_panels(*run.generic, dtype, bytes.data(), rows, cols, result.packed->data(), 0, n_panels);
     result.panels = {result.packed->data(), static_cast<std::int64_t>(panel_size), rows, cols};
+    if (dtype == DType::q8_0) compare_regrouped(run, bytes, &result);
     return result;
 }
 
@@ -97,16 +129,15 @@ struct TestActs {
           x(draws(random, kind, n_tokens * n_cols)),
           bf16(size(dtype == DType::bf16 ? n_tokens * padded : 0)),
           q(size(in_blocks(dtype) ? n_tokens * padded : 0)),
-          scales(size(n_tokens * cols / 32)),
-          sums(scales.size()) {
+          scales(size(n_tokens * n_groups(cols))),
+          sums(size(n_tokens * cols / 32)) {
         for (std::int64_t t = 0; t < n_tokens; ++t) {
             const float* const row = x.data() + t * cols;
-            const std::int64_t block = t * cols / 32;
             if (dtype == DType::bf16) {
                 run.generic->round_bf16(bf16.data() + t * padded, row, cols);
             } else if (in_blocks(dtype)) {
-                run.generic->quantize_q8(q.data() + t * padded, scales.data() + block,
-                                         sums.data() + block, row, cols);
+                run.generic->quantize_q8(q.data() + t * padded, scales.data() + t * n_groups(cols),
+                                         sums.data() + t * cols / 32, row, cols);
             }
         }
     }
@@ -114,8 +145,11 @@ struct TestActs {
     double value(std::int64_t t, std::int64_t i) const {
         if (dtype == DType::f32) return static_cast<double>(x[size(t * cols + i)]);
         if (dtype == DType::bf16) return from_bf16(bf16[size(t * padded + i)]);
-        return static_cast<double>(scales[size((t * cols + i) / 32)]) * q[size(t * padded + i)];
+        const float scale = scales[size(t * n_groups(cols) + i / group_size)];
+        return static_cast<double>(scale) * q[size(t * padded + i)];
     }
+
+    static std::int64_t n_groups(std::int64_t cols) { return (cols + group_size - 1) / group_size; }
 };
 
 // Tokens [t, t + n) by panels [begin, end).
@@ -127,9 +161,9 @@ void multiply(const KernelTable& kernels, const TestMatrix& w, const TestActs& x
     } else if (w.dtype == DType::bf16) {
         kernels.matmul_bf16(y, w.panels, x.bf16.data() + t * x.padded, x.padded, n, begin, end);
     } else {
-        const std::int64_t block = t * x.cols / 32;
-        const ActsQ8 acts{x.q.data() + t * x.padded, x.scales.data() + block, x.sums.data() + block,
-                          x.padded};
+        const ActsQ8 acts{x.q.data() + t * x.padded,
+                          x.scales.data() + t * TestActs::n_groups(x.cols),
+                          x.sums.data() + t * x.cols / 32, x.padded};
         const auto matmul = w.dtype == DType::q8_0 ? kernels.matmul_q8_0 : kernels.matmul_q4_0;
         matmul(y, w.panels, acts, n, begin, end);
     }
@@ -138,10 +172,11 @@ void multiply(const KernelTable& kernels, const TestMatrix& w, const TestActs& x
 // The roundings that follow one another in a sum, each of at most u of the sum of magnitudes; and
 // what may be lost where a product falls below the normal numbers.
 double bound(DType dtype, std::int64_t cols, double magnitudes) {
-    const std::int64_t blocks = (cols + 31) / 32;
+    const std::int64_t blocks = (cols + 31) / 32, groups = (cols + 511) / 512;
     const std::int64_t chain = dtype == DType::f32    ? cols
                                : dtype == DType::bf16 ? 16 + 1 + blocks
-                                                      : 1 + blocks;
+                               : dtype == DType::q8_0 ? 1 + groups
+                                                      : 17 + groups;
     const double growth = static_cast<double>(chain + 1) * u;  // and the sum with what was there
     return growth / (1 - growth) * magnitudes + static_cast<double>(cols) * smallest;
 }
@@ -188,7 +223,7 @@ void compare_with_float64(Run& run, const Case& c, const TestMatrix& w, const Te
 }
 
 void check_matmul(Run& run, Random& random, const Case& c) {
-    const TestMatrix w = draw_matrix(random, c.dtype, c.kind, c.rows, c.cols);
+    const TestMatrix w = draw_matrix(run, random, c.dtype, c.kind, c.rows, c.cols);
     const TestActs x(run, random, c.dtype, c.kind, c.n_tokens, c.cols);
     const std::vector<float> before = draws(random, c.kind, c.n_tokens * c.stride);
     std::vector<float> want = before;
