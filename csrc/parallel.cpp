@@ -64,6 +64,45 @@ int cgroup_cores() {
 }
 #endif
 
+#if defined(_OPENMP) && defined(__linux__)
+// Cores taken by the threads of a team, each at most once. Linux wakes threads that slept on the
+// core of the one that woke them, and may leave them there for milliseconds.
+class TakenCores {
+public:
+    // Called by each thread on its way in. One that finds its core taken moves to a free one, where
+    // it may go; its affinity stays as it was.
+    void take_one() {
+        const int mine = sched_getcpu();
+        if (mine < 0 || mine >= n_cores || take(mine)) return;
+        cpu_set_t allowed;
+        if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
+        for (int core = 0; core < n_cores; ++core) {
+            if (!CPU_ISSET(static_cast<std::size_t>(core), &allowed) || !take(core)) continue;
+            cpu_set_t there;
+            CPU_ZERO(&there);
+            CPU_SET(static_cast<std::size_t>(core), &there);
+            sched_setaffinity(0, sizeof(there), &there);
+            sched_setaffinity(0, sizeof(allowed), &allowed);
+            return;
+        }
+    }
+
+private:
+    static constexpr int n_cores = 256;
+
+    bool take(int core) {
+        const std::uint64_t bit = std::uint64_t{1} << core % 64;
+        return (taken_[core / 64].fetch_or(bit, std::memory_order_relaxed) & bit) == 0;
+    }
+
+    std::atomic<std::uint64_t> taken_[n_cores / 64] = {};
+};
+#else
+struct TakenCores {
+    void take_one() {}
+};
+#endif
+
 }  // namespace
 
 int available_cores() {
@@ -116,8 +155,13 @@ void run_team(int n_threads, TeamFunction function, const void* body) {
 #ifdef _OPENMP
     if (!forked_child && !omp_in_parallel()) {
         Team::Shared shared;
+        TakenCores cores;
+        cores.take_one();
 #pragma omp parallel num_threads(n_threads)
-        function(body, Team(omp_get_thread_num(), omp_get_num_threads(), &shared));
+        {
+            if (omp_get_thread_num() > 0) cores.take_one();
+            function(body, Team(omp_get_thread_num(), omp_get_num_threads(), &shared));
+        }
         return;
     }
 #endif
