@@ -115,21 +115,33 @@ float float_from_f16(std::uint16_t f16) {
     return (f16 & 0x8000u) != 0 ? -magnitude : magnitude;
 }
 
-float element_q8_0(const std::uint8_t* panel, std::int64_t cols, std::int64_t r, std::int64_t col) {
-    float scale;
-    std::memcpy(&scale, panel + (col / group_size * panel_rows + r) * word_bytes, sizeof(scale));
-    const std::uint8_t* const bytes = panel + n_groups(cols) * line_bytes;
-    const auto q = static_cast<std::int8_t>(bytes[col / 4 * line_bytes + r * 4 + col % 4]);
-    return scale * static_cast<float>(q);
+void unpack_q8_0(const std::uint8_t* panel, std::int64_t cols, std::int64_t r, float* out) {
+    const std::uint8_t* const words = panel + n_groups(cols) * line_bytes + r * word_bytes;
+    for (std::int64_t begin = 0; begin < cols; begin += group_size) {
+        float scale;
+        std::memcpy(&scale, panel + (begin / group_size * panel_rows + r) * word_bytes,
+                    sizeof(scale));
+        for (std::int64_t i = begin; i < std::min(begin + group_size, cols); i += 4) {
+            std::int8_t q[4];
+            std::memcpy(q, words + i / 4 * line_bytes, sizeof(q));
+            for (int k = 0; k < 4; ++k)
+                out[i + k] = scale * static_cast<float>(q[k]);
+        }
+    }
 }
 
-float element_q4_0(const std::uint8_t* panel, std::int64_t cols, std::int64_t r, std::int64_t col) {
-    const std::int64_t b = col / block_size, in_block = col % block_size, byte = in_block % 16;
-    std::uint16_t f16;
-    std::memcpy(&f16, panel + (b * panel_rows + r) * 2, sizeof(f16));
-    const std::uint8_t* const block = panel + q4_scales_bytes(cols) + b * 256;
-    const std::uint8_t bits = block[byte / 4 * line_bytes + r * 4 + byte % 4];
-    return float_from_f16(f16) * static_cast<float>((in_block < 16 ? bits & 15 : bits >> 4) - 8);
+void unpack_q4_0(const std::uint8_t* panel, std::int64_t cols, std::int64_t r, float* out) {
+    for (std::int64_t b = 0; b < cols / block_size; ++b, out += block_size) {
+        std::uint16_t f16;
+        std::memcpy(&f16, panel + (b * panel_rows + r) * 2, sizeof(f16));
+        const float scale = float_from_f16(f16);
+        const std::uint8_t* const block = panel + q4_scales_bytes(cols) + b * 256;
+        for (int i = 0; i < 16; ++i) {
+            const std::uint8_t both = block[i / 4 * line_bytes + r * word_bytes + i % 4];
+            out[i] = scale * static_cast<float>((both & 15) - 8);
+            out[i + 16] = scale * static_cast<float>((both >> 4) - 8);
+        }
+    }
 }
 
 }  // namespace
@@ -173,18 +185,16 @@ void pack_panels(const KernelTable& kernels, DType dtype, const std::uint8_t* so
 
 void unpack_row(DType dtype, const Panels& panels, std::int64_t row, float* out) {
     const std::uint8_t* const panel = panels.data + row / panel_rows * panels.panel_bytes;
-    const std::int64_t r = row % panel_rows;
-    for (std::int64_t i = 0; i < panels.cols; ++i) {
+    const std::int64_t r = row % panel_rows, cols = panels.cols;
+    if (dtype == DType::q8_0) return unpack_q8_0(panel, cols, r, out);
+    if (dtype == DType::q4_0) return unpack_q4_0(panel, cols, r, out);
+    for (std::int64_t i = 0; i < cols; ++i) {
         if (dtype == DType::f32) {
             std::memcpy(out + i, panel + i * line_bytes + r * word_bytes, sizeof(*out));
-        } else if (dtype == DType::bf16) {
+        } else {
             std::uint8_t bytes[4] = {};
             std::memcpy(bytes + 2, panel + i / 2 * line_bytes + r * word_bytes + i % 2 * 2, 2);
             std::memcpy(out + i, bytes, sizeof(*out));
-        } else if (dtype == DType::q8_0) {
-            out[i] = element_q8_0(panel, panels.cols, r, i);
-        } else {
-            out[i] = element_q4_0(panel, panels.cols, r, i);
         }
     }
 }
