@@ -61,7 +61,7 @@ struct Output {
 // a timeline has a list of them. A head's part begins `offset` bytes into each, 64-byte aligned,
 // and holds, with width = head_dim rounded up to 16 and T float, uint16 (bf16) or int8:
 //   int8 only: float key_scale[32], value_scale[32]
-//   T key[head_dim][32]     one vector holds the same element of 16 positions
+//   T key[2][head_dim][16]  one vector holds the same element of 16 positions
 //   T value[32][width]      zeros beyond head_dim
 constexpr int64_t kv_block = 32;
 enum class KvType : uint8_t { f32, bf16, int8 };

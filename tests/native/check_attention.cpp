@@ -35,8 +35,8 @@ struct TestHead {
     double element(bool value, std::int64_t pos, std::int64_t d) const {
         const std::uint8_t* part = head.blocks[pos / kv_block] + head.offset;
         const std::int64_t at = pos % kv_block, width = (head.head_dim + 15) / 16 * 16;
-        const std::int64_t i =
-            value ? head.head_dim * kv_block + at * width + d : d * kv_block + at;
+        const std::int64_t i = value ? head.head_dim * kv_block + at * width + d
+                                     : at / 16 * 16 * head.head_dim + d * 16 + at % 16;
         if (head.type == KvType::f32) return read<float>(part, i);
         if (head.type == KvType::bf16) {
             std::uint16_t bits;
