@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "gguf.h"
 #include "kernels/cpu.h"
 #include "kv_cache.h"
@@ -19,8 +20,6 @@
 
 namespace py = pybind11;
 using namespace tinyllama;
-
-void bind_kernels(py::module_& m);
 
 namespace {
 

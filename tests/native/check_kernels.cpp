@@ -161,7 +161,8 @@ std::vector<float> logits_of(const std::string& file, const char* isa, KvType ty
         return logits;
     }
     for (std::size_t i = 0; i < tokens.size(); ++i)
-        feed({{&session, {tokens[i]}, logits.data() + i * vocab_size}}, [] {});
+        feed({{&session, std::vector<std::int32_t>{tokens[i]}, logits.data() + i * vocab_size}},
+             [] {});
     return logits;
 }
 
