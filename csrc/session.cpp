@@ -156,7 +156,7 @@ std::int32_t Session::sample(const SamplingParams& params, const StreamDecoder* 
     const SessionLock lock(*this);
     validate(params, model_->config().vocab_size);
     compute_missing_logits();
-    return tinyllama::sample(logits_, tokens_, params, random_, text);
+    return tinyllama::sample(model_->kernels(), logits_, tokens_, params, random_, text);
 }
 
 double Session::log_probability(std::int32_t token) {
@@ -168,13 +168,13 @@ double Session::log_probability(std::int32_t token) {
                                                   " tokens");
     }
     compute_missing_logits();
-    return tinyllama::log_probability(logits_.data(), vocab_size, token);
+    return tinyllama::log_probability(model_->kernels(), logits_.data(), vocab_size, token);
 }
 
 std::vector<std::pair<std::int32_t, double>> Session::top_log_probabilities(std::int32_t n) {
     const SessionLock lock(*this);
     compute_missing_logits();
-    return tinyllama::top_log_probabilities(logits_, n);
+    return tinyllama::top_log_probabilities(model_->kernels(), logits_, n);
 }
 
 // The last token is computed again: the promise of invariance makes its logits the same bits.
@@ -287,13 +287,14 @@ void sample_each(std::vector<Draw>& draws) {
 std::vector<double> score(Session& session, const std::vector<std::int32_t>& tokens,
                           const std::function<void()>& between_chunks) {
     const std::int32_t vocab_size = session.model().config().vocab_size;
+    const KernelTable& kernels = session.model().kernels();
     std::vector<double> scores(tokens.size(), std::numeric_limits<double>::quiet_NaN());
     if (tokens.empty()) return scores;
     const std::int32_t n_before = session.n_tokens();
     if (n_before > 0) {
         const std::vector<float> logits = session.logits();
         if (tokens[0] >= 0 && tokens[0] < vocab_size) {
-            scores[0] = log_probability(logits.data(), vocab_size, tokens[0]);
+            scores[0] = log_probability(kernels, logits.data(), vocab_size, tokens[0]);
         }
     }
     check_tokens({&session, tokens, nullptr}, static_cast<std::size_t>(n_before));
@@ -310,7 +311,7 @@ std::vector<double> score(Session& session, const std::vector<std::int32_t>& tok
             for (std::size_t i = begin + 1; i < std::min(tokens.size(), end + 1); ++i) {
                 const float* row =
                     logits.data() + (i - 1 - begin) * static_cast<std::size_t>(vocab_size);
-                scores[i] = log_probability(row, vocab_size, tokens[i]);
+                scores[i] = log_probability(kernels, row, vocab_size, tokens[i]);
             }
             between_chunks();
         }

@@ -209,6 +209,11 @@ def kernel_quantize_q8(
 def kernel_round_bf16(isa: str, x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """The upper halves of x, rounded, up to a multiple of 32."""
 
+def kernel_weigh(
+    isa: str, x: npt.NDArray[np.float32], best: float, scale: float
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """2^((x - best) * scale) for each of x, whole blocks of 64, and the sum of each block."""
+
 def kernel_attend(
     isa: str,
     kv_dtype: str,
