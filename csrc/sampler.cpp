@@ -253,11 +253,14 @@ void keep_likelier(Buffers& buffers, std::size_t i) {
 // ever finding it: a token is in it exactly when all that are likelier weigh less than that. One
 // that is not is dropped with all below it, and the draw repeated among the rest, which is
 // 1 + ln(1 / top_p) draws on average at most.
-std::size_t draw_from_nucleus(Buffers& buffers, double enough, RandomState& random) {
+// `left` is the sum of all weights.
+std::size_t draw_from_nucleus(Buffers& buffers, double left, double enough, RandomState& random) {
     while (true) {
-        const std::size_t i = locate(buffers, random.next_uniform() * total(buffers.sums));
-        if (sum_likelier(buffers, i) < enough) return i;
+        const std::size_t i = locate(buffers, random.next_uniform() * left);
+        const double likelier = sum_likelier(buffers, i);
+        if (likelier < enough) return i;
         keep_likelier(buffers, i);
+        left = likelier;
     }
 }
 
@@ -326,11 +329,15 @@ std::int32_t sample(const KernelTable& kernels, const std::vector<float>& logits
     }
     weigh(kernels, buffers, most, params.temperature);
     const double weight = total(buffers.sums);
-    if (params.min_p > 0.0f) drop_below(buffers, params.min_p);
+    double left = weight;
+    if (params.min_p > 0.0f) {
+        drop_below(buffers, params.min_p);
+        left = total(buffers.sums);
+    }
     const std::size_t drawn =
         params.top_p < 1.0f
-            ? draw_from_nucleus(buffers, static_cast<double>(params.top_p) * weight, random)
-            : locate(buffers, random.next_uniform() * total(buffers.sums));
+            ? draw_from_nucleus(buffers, left, static_cast<double>(params.top_p) * weight, random)
+            : locate(buffers, random.next_uniform() * left);
     return tokens.empty() ? static_cast<std::int32_t>(drawn) : tokens[drawn];
 }
 
