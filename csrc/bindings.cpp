@@ -5,22 +5,23 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstring>
+#include <chrono>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "bindings.h"
 #include "kernels/cpu.h"
 #include "kv_cache.h"
 #include "model.h"
 #include "parallel.h"
+#include "scheduler.h"
 #include "session.h"
 
 namespace py = pybind11;
 using namespace tinyllama;
-
-void bind_kernels(py::module_& m);  // bindings_kernels.cpp
 
 namespace {
 
@@ -57,82 +58,24 @@ void translate_error(std::exception_ptr pointer) {
     }
 }
 
-// Lets Ctrl-C through: called with the GIL released, between chunks of native work.
-void check_signals() {
-    const py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
+// Lets Ctrl-C through: called with the GIL released, between pieces of native work. The GIL may be
+// long in coming where other threads run Python, so it is asked for now and then only.
+class SignalCheck {
+public:
+    void operator()() {
+        if (Clock::now() < next_) return;
+        {
+            const py::gil_scoped_acquire gil;
+            if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        }
+        next_ = Clock::now() + interval;
+    }
 
-FileBytes open_bytes(const py::object& path, const py::object& data) {
-    if (!path.is_none()) return FileBytes::map(path.cast<std::string>());
-    const auto view = data.cast<std::string_view>();
-    return FileBytes::copy_of({reinterpret_cast<const std::uint8_t*>(view.data()), view.size()});
-}
-
-// A GGUF file for the Python side: its metadata and the raw bytes of its tensors.
-struct GgufReader {
-    FileBytes bytes;
-    GgufFile file;
+private:
+    using Clock = std::chrono::steady_clock;
+    static constexpr std::chrono::milliseconds interval{50};
+    Clock::time_point next_ = Clock::now() + interval;
 };
-
-std::shared_ptr<GgufReader> open_gguf(const py::object& data, const py::object& path,
-                                      const std::string& name) {
-    FileBytes bytes = open_bytes(path, data);
-    GgufFile file = GgufFile::parse(bytes.span(), name);
-    return std::make_shared<GgufReader>(GgufReader{std::move(bytes), std::move(file)});
-}
-
-py::object gguf_value(const GgufValue& value) {
-    return std::visit(
-        [](const auto& v) -> py::object {
-            using T = std::decay_t<decltype(v)>;
-            if constexpr (std::is_same_v<T, GgufStrings>) {
-                py::list items;
-                for (const std::string& s : v.items) {
-                    items.append(py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(
-                        s.data(), static_cast<Py_ssize_t>(s.size()), "replace")));
-                }
-                return items;
-            } else if constexpr (std::is_same_v<T, GgufFloats> || std::is_same_v<T, GgufInts>) {
-                return py::cast(v.items);
-            } else if constexpr (std::is_same_v<T, std::string>) {
-                return py::reinterpret_steal<py::object>(
-                    PyUnicode_DecodeUTF8(v.data(), static_cast<Py_ssize_t>(v.size()), "replace"));
-            } else {
-                return py::cast(v);
-            }
-        },
-        value);
-}
-
-py::dict gguf_metadata(const GgufReader& reader) {
-    py::dict result;
-    for (const auto& [key, value] : reader.file.metadata()) {
-        result[py::str(key)] = gguf_value(value);
-    }
-    return result;
-}
-
-py::list gguf_tensors(const GgufReader& reader) {
-    py::list result;
-    for (const GgufTensor& tensor : reader.file.tensors()) {
-        py::tuple shape = py::make_tuple(tensor.rows, tensor.cols);
-        if (tensor.n_dims == 1) shape = py::make_tuple(tensor.cols);
-        result.append(py::make_tuple(tensor.name, dtype_name(tensor.dtype), shape));
-    }
-    return result;
-}
-
-py::array gguf_tensor_bytes(const std::shared_ptr<GgufReader>& reader, const std::string& name) {
-    const GgufTensor* tensor = reader->file.find_tensor(name);
-    if (tensor == nullptr) {
-        throw Error(Status::format_error, reader->file.name() + ": tensor " + name + " is missing");
-    }
-    py::array_t<std::uint8_t> view(static_cast<py::ssize_t>(tensor->bytes.size), tensor->bytes.data,
-                                   py::cast(reader));
-    view.attr("setflags")(py::arg("write") = false);
-    return view;
-}
 
 std::shared_ptr<const Model> open_model(const py::object& path, const py::object& data,
                                         std::string name, int n_threads, const std::string& isa,
@@ -198,7 +141,7 @@ py::list feed_sessions(const std::vector<Session*>& sessions, const std::vector<
         results.append(std::move(logits));
     }
     const py::gil_scoped_release release;
-    feed(feeds, check_signals);
+    feed(feeds, SignalCheck());
     return results;
 }
 
@@ -211,26 +154,19 @@ void trace_session(Session& session, const Tokens& tokens, const py::function& t
     std::vector<float> logits(tokens.size() *
                               static_cast<std::size_t>(session.model().config().vocab_size));
     const py::gil_scoped_release release;
-    feed({{&session, tokens, logits.data()}}, check_signals, &show);
+    feed({{&session, tokens, logits.data()}}, SignalCheck(), &show);
 }
 
 py::array_t<double> score_tokens(Session& session, const Tokens& tokens) {
     std::vector<double> scores;
     {
         const py::gil_scoped_release release;
-        scores = score(session, tokens, check_signals);
+        scores = score(session, tokens, SignalCheck());
     }
     return py::array_t<double>(static_cast<py::ssize_t>(scores.size()), scores.data());
 }
 
 void bind_text(py::module_& m) {
-    py::class_<GgufReader, std::shared_ptr<GgufReader>>(m, "GgufReader")
-        .def(py::init(&open_gguf), py::arg("data") = py::none(), py::arg("path") = py::none(),
-             py::arg("name") = "model")
-        .def("metadata", &gguf_metadata)
-        .def("tensors", &gguf_tensors)
-        .def("tensor_bytes", &gguf_tensor_bytes, py::arg("name"));
-
     py::class_<Tokenizer>(m, "Tokenizer")
         .def_property_readonly("vocab_size", &Tokenizer::vocab_size)
         .def_property_readonly("bos_id", &Tokenizer::bos_id)
@@ -252,7 +188,7 @@ void bind_text(py::module_& m) {
             },
             py::arg("token"));
 
-    py::class_<StreamDecoder>(m, "StreamDecoder")
+    py::class_<StreamDecoder, std::shared_ptr<StreamDecoder>>(m, "StreamDecoder")
         .def(py::init<const Tokenizer&, bool>(), py::arg("tokenizer"), py::arg("at_start"),
              py::keep_alive<1, 2>())
         .def("push", &StreamDecoder::push, py::arg("token"))
@@ -289,10 +225,12 @@ void bind_model(py::module_& m) {
                                py::return_value_policy::reference_internal)
         .def_property_readonly("config", &config_dict)
         .def_property_readonly("info", &info_dict);
+}
 
-    py::class_<Session>(m, "Session")
+void bind_session(py::module_& m) {
+    py::class_<Session, std::shared_ptr<Session>>(m, "Session")
         .def(py::init([](const std::shared_ptr<Model>& model, std::uint64_t seed) {
-                 return std::make_unique<Session>(model, seed);
+                 return std::make_shared<Session>(model, seed);
              }),
              py::arg("model"), py::arg("seed"))
         .def_property_readonly("tokens", &Session::tokens)
@@ -323,7 +261,11 @@ void bind_model(py::module_& m) {
             std::vector<Draw> draws;
             for (std::size_t i = 0; i < sessions.size(); ++i)
                 draws.push_back({sessions[i], params[i], texts[i]});
-            return sample_each(draws);
+            sample_each(draws);
+            Tokens tokens;
+            for (const Draw& draw : draws)
+                tokens.push_back(draw.token);
+            return tokens;
         },
         py::arg("sessions"), py::arg("params"), py::arg("texts"),
         py::call_guard<py::gil_scoped_release>());
@@ -342,6 +284,53 @@ void bind_model(py::module_& m) {
     m.def("trace", &trace_session, py::arg("session"), py::arg("tokens"), py::arg("tap"));
 }
 
+py::list logprobs_of(const Request& request) {
+    py::list result;
+    for (const TokenLogprob& step : request.logprobs())
+        result.append(py::make_tuple(step.token, step.logprob, step.top));
+    return result;
+}
+
+std::optional<const char*> ending_name(Ending ending) {
+    if (ending == Ending::none) return std::nullopt;
+    return ending == Ending::stop ? "stop" : "length";
+}
+
+void bind_scheduler(py::module_& m) {
+    py::class_<Request, std::shared_ptr<Request>>(m, "Request")
+        .def(py::init([](std::shared_ptr<Session> session, Tokens prompt,
+                         std::shared_ptr<StreamDecoder> decoder, const SamplingParams& params,
+                         std::optional<std::int32_t> max_new_tokens, std::int32_t min_new_tokens,
+                         Tokens end_tokens, std::vector<std::string> stops,
+                         std::optional<std::int32_t> n_top) {
+                 Limits limits{max_new_tokens, min_new_tokens, std::move(end_tokens),
+                               std::move(stops)};
+                 return std::make_shared<Request>(std::move(session), std::move(prompt),
+                                                  std::move(decoder), params, std::move(limits),
+                                                  n_top);
+             }),
+             py::arg("session"), py::arg("prompt"), py::arg("decoder"), py::arg("params"),
+             py::arg("max_new_tokens") = py::none(), py::arg("min_new_tokens") = 0,
+             py::arg("end_tokens") = Tokens(), py::arg("stops") = std::vector<std::string>(),
+             py::arg("n_top") = py::none(), py::keep_alive<1, 4>())
+        .def_property_readonly("text", &Request::text)
+        .def_property_readonly("tokens", &Request::tokens)
+        .def_property_readonly("logprobs", &logprobs_of)
+        .def_property_readonly("finish_reason",
+                               [](const Request& self) { return ending_name(self.ending()); })
+        .def("take_text", &Request::take_text);
+
+    py::class_<Scheduler>(m, "Scheduler")
+        .def(py::init<>())
+        .def("submit", &Scheduler::submit, py::arg("request"))
+        .def(
+            "step", [](Scheduler& self) { self.step(SignalCheck()); },
+            py::call_guard<py::gil_scoped_release>())
+        .def(
+            "run", [](Scheduler& self) { return self.run(SignalCheck()); },
+            py::call_guard<py::gil_scoped_release>());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -356,7 +345,10 @@ PYBIND11_MODULE(_core, m) {
         return names;
     });
     m.def("has_openmp", &has_openmp);
+    bind_gguf(m);
     bind_text(m);
     bind_model(m);
+    bind_session(m);
+    bind_scheduler(m);
     bind_kernels(m);
 }

@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "bindings.h"
 #include "gguf.h"
 #include "kernels/cpu.h"
 #include "kv_cache.h"
@@ -19,8 +20,6 @@
 
 namespace py = pybind11;
 using namespace tinyllama;
-
-void bind_kernels(py::module_& m);
 
 namespace {
 
@@ -196,6 +195,15 @@ py::array_t<float> kernel_unary(const std::string& isa, const std::string& name,
     return out;
 }
 
+py::tuple kernel_weigh(const std::string& isa, const Array<float>& x, float best, float scale) {
+    require(x.size() % weigh_block == 0, "x must be whole blocks of 64");
+    const std::int64_t n = x.size() / weigh_block;
+    std::vector<float> weights(static_cast<std::size_t>(x.size()));
+    std::vector<float> sums(static_cast<std::size_t>(n));
+    kernels_named(isa).weigh(weights.data(), sums.data(), x.data(), n, best, scale);
+    return py::make_tuple(to_array(weights), to_array(sums));
+}
+
 // Attention of one key head over positions stored one by one. Every other byte of the cache, of
 // this head and of its neighbours, is 0xff, which as a float and as a scale is NaN.
 py::array_t<float> kernel_attend(const std::string& isa, const std::string& kv_dtype,
@@ -240,6 +248,8 @@ void bind_kernels(py::module_& m) {
           py::arg("rows"), py::arg("cols"));
     m.def("kernel_quantize_q8", &kernel_quantize_q8, py::arg("isa"), py::arg("x"));
     m.def("kernel_round_bf16", &kernel_round_bf16, py::arg("isa"), py::arg("x"));
+    m.def("kernel_weigh", &kernel_weigh, py::arg("isa"), py::arg("x"), py::arg("best"),
+          py::arg("scale"));
     m.def("kernel_attend", &kernel_attend, py::arg("isa"), py::arg("kv_dtype"), py::arg("q"),
           py::arg("n_positions"), py::arg("k"), py::arg("v"));
     m.def("kernel_unary", &kernel_unary, py::arg("isa"), py::arg("name"), py::kw_only(),

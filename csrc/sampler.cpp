@@ -8,6 +8,7 @@
 #include <string>
 #include <unordered_map>
 
+#include "kernels/kernel_table.h"
 #include "status.h"
 #include "tokenizer.h"
 
@@ -16,7 +17,7 @@ namespace {
 
 // Everything that looks at all tokens goes through them in blocks of 64, as 16 lanes side by side
 // with one fixed order of sums: plain loops that compilers turn into vectors of any width.
-constexpr std::size_t block_size = 64;
+constexpr auto block_tokens = static_cast<std::size_t>(weigh_block);
 constexpr std::size_t n_lanes = 16;
 constexpr float impossible = -std::numeric_limits<float>::infinity();
 
@@ -50,38 +51,18 @@ float larger(float a, float b) { return a > b ? a : b; }
 float block_max(const float* x) {
     float lanes[n_lanes];
     std::copy(x, x + n_lanes, lanes);
-    for (std::size_t i = n_lanes; i < block_size; i += n_lanes) {
+    for (std::size_t i = n_lanes; i < block_tokens; i += n_lanes) {
         for (std::size_t k = 0; k < n_lanes; ++k)
             lanes[k] = larger(x[i + k], lanes[k]);
     }
     return fold_lanes(lanes, larger);
 }
 
-// 2^x for x in [-127, 0], to about 2e-7 of it, and 0 below 2^-126.5: 2^x = 2^n 2^f with n the
-// nearest whole number, 2^f from a polynomial of least relative error on [-1/2, 1/2].
-float exp2_of(float x) {
-    constexpr float rounder = 12582912.0f;  // 1.5 * 2^23: what is added to it loses its fraction
-    const float shifted = x + rounder;
-    const float f = x - (shifted - rounder);
-    float power = 0.001326472731f;
-    power = power * f + 0.009671512991f;
-    power = power * f + 0.055507335812f;
-    power = power * f + 0.240222424269f;
-    power = power * f + 0.693147003651f;
-    power = power * f + 1.0f;
-    std::uint32_t bits;
-    std::memcpy(&bits, &shifted, sizeof(bits));
-    bits = (bits + 127) << 23;  // n stands in its lowest bits
-    float scale;
-    std::memcpy(&scale, &bits, sizeof(scale));
-    return power * scale;
-}
-
 // The weights of a block for which keep(logit, weight) holds.
 template <typename Keep>
 float sum_where(const float* x, const float* weights, Keep keep) {
     float lanes[n_lanes] = {};
-    for (std::size_t i = 0; i < block_size; i += n_lanes) {
+    for (std::size_t i = 0; i < block_tokens; i += n_lanes) {
         for (std::size_t k = 0; k < n_lanes; ++k)
             lanes[k] += keep(x[i + k], weights[i + k]) ? weights[i + k] : 0.0f;
     }
@@ -90,16 +71,6 @@ float sum_where(const float* x, const float* weights, Keep keep) {
 
 float sum_all(const float* weights) {
     return sum_where(weights, weights, [](float, float) { return true; });
-}
-
-// weights = 2^((x - best) * scale) of a block, and their sum. In two loops: compilers make two
-// paths of one, one for what is bounded, and no vectors.
-float weigh_block(const float* x, float best, float scale, float* weights) {
-    for (std::size_t i = 0; i < block_size; ++i)
-        weights[i] = larger((x[i] - best) * scale, -127.0f);
-    for (std::size_t i = 0; i < block_size; ++i)
-        weights[i] = exp2_of(weights[i]);
-    return sum_all(weights);
 }
 
 double total(const std::vector<float>& sums) {
@@ -112,11 +83,11 @@ double total(const std::vector<float>& sums) {
 // Fills the logits up to whole blocks and finds the largest of each.
 void find_maxima(Buffers& buffers) {
     std::vector<float>& logits = buffers.logits;
-    const std::size_t n_blocks = (logits.size() + block_size - 1) / block_size;
-    logits.resize(n_blocks * block_size, impossible);
+    const std::size_t n_blocks = (logits.size() + block_tokens - 1) / block_tokens;
+    logits.resize(n_blocks * block_tokens, impossible);
     buffers.maxima.resize(n_blocks);
     for (std::size_t b = 0; b < n_blocks; ++b)
-        buffers.maxima[b] = block_max(&logits[b * block_size]);
+        buffers.maxima[b] = block_max(&logits[b * block_tokens]);
 }
 
 // A logit that at least k tokens reach: the k-th largest of the maxima of blocks, or of smaller
@@ -124,11 +95,11 @@ void find_maxima(Buffers& buffers) {
 float bound_of_likeliest(const Buffers& buffers, std::size_t k) {
     const std::vector<float>& logits = buffers.logits;
     if (k == 0 || k >= logits.size()) return impossible;
-    std::size_t size = block_size;
+    std::size_t size = block_tokens;
     while (logits.size() / size < k)
         size /= 2;
     std::vector<float> maxima = buffers.maxima;
-    if (size < block_size) {
+    if (size < block_tokens) {
         maxima.resize(logits.size() / size);
         for (std::size_t i = 0; i < maxima.size(); ++i)
             maxima[i] = *std::max_element(&logits[i * size], &logits[i * size] + size);
@@ -148,7 +119,7 @@ std::vector<std::int32_t> find_likeliest(const Buffers& buffers, std::size_t k) 
     std::vector<Candidate> candidates;
     for (std::size_t b = 0; b < buffers.maxima.size(); ++b) {
         if (buffers.maxima[b] < bound) continue;
-        for (std::size_t i = b * block_size; i < (b + 1) * block_size; ++i) {
+        for (std::size_t i = b * block_tokens; i < (b + 1) * block_tokens; ++i) {
             const float logit = buffers.logits[i];
             if (logit < bound || logit == impossible) continue;
             candidates.push_back({static_cast<std::int32_t>(i), logit});
@@ -213,22 +184,20 @@ void adjust(std::vector<float>& adjusted, const std::vector<std::int32_t>& histo
 }
 
 // Weights e^((logit - best) / temperature) of all tokens, and their sums.
-void weigh(Buffers& buffers, float best, float temperature) {
+void weigh(const KernelTable& kernels, Buffers& buffers, float best, float temperature) {
     // log2(e) / temperature, bounded, as 0 times infinity would be no number.
     const float scale = std::min(1.44269504f / temperature, std::numeric_limits<float>::max());
     buffers.weights.resize(buffers.logits.size());
     buffers.sums.resize(buffers.maxima.size());
-    for (std::size_t b = 0; b < buffers.sums.size(); ++b) {
-        const std::size_t i = b * block_size;
-        buffers.sums[b] = weigh_block(&buffers.logits[i], best, scale, &buffers.weights[i]);
-    }
+    kernels.weigh(buffers.weights.data(), buffers.sums.data(), buffers.logits.data(),
+                  static_cast<std::int64_t>(buffers.sums.size()), best, scale);
 }
 
 void drop_below(Buffers& buffers, float least) {
     for (float& weight : buffers.weights)
         weight = weight >= least ? weight : 0.0f;
     for (std::size_t b = 0; b < buffers.sums.size(); ++b)
-        buffers.sums[b] = sum_all(&buffers.weights[b * block_size]);
+        buffers.sums[b] = sum_all(&buffers.weights[b * block_tokens]);
 }
 
 // Where `left`, in [0, total), falls when the weights are laid end to end.
@@ -240,8 +209,8 @@ std::size_t locate(const Buffers& buffers, double left) {
         if (left < static_cast<double>(buffers.sums[b])) break;
         left -= static_cast<double>(buffers.sums[b]);
     }
-    std::size_t found = block * block_size;
-    for (std::size_t i = found; i < (block + 1) * block_size; ++i) {
+    std::size_t found = block * block_tokens;
+    for (std::size_t i = found; i < (block + 1) * block_tokens; ++i) {
         if (buffers.weights[i] == 0.0f) continue;
         found = i;  // stays, where rounding leaves more than the block has
         if (left < static_cast<double>(buffers.weights[i])) break;
@@ -253,19 +222,19 @@ std::size_t locate(const Buffers& buffers, double left) {
 // Sums the weights of what is likelier than token `i`: a larger logit, or the same and a lower id.
 double sum_likelier(Buffers& buffers, std::size_t i) {
     const float logit = buffers.logits[i];
-    const std::size_t own = i / block_size;
+    const std::size_t own = i / block_tokens;
     buffers.likelier_sums.assign(buffers.sums.size(), 0.0f);
     for (std::size_t b = 0; b < buffers.sums.size(); ++b) {
         if (buffers.maxima[b] < logit) continue;
-        const float* x = &buffers.logits[b * block_size];
-        const float* weights = &buffers.weights[b * block_size];
+        const float* x = &buffers.logits[b * block_tokens];
+        const float* weights = &buffers.weights[b * block_tokens];
         float& sum = buffers.likelier_sums[b];
         if (b < own) {
             sum = sum_where(x, weights, [logit](float other, float) { return other >= logit; });
         } else {
             sum = sum_where(x, weights, [logit](float other, float) { return other > logit; });
         }
-        for (std::size_t k = 0; b == own && k < i % block_size; ++k)
+        for (std::size_t k = 0; b == own && k < i % block_tokens; ++k)
             sum += x[k] == logit ? weights[k] : 0.0f;
     }
     return total(buffers.likelier_sums);
@@ -284,11 +253,14 @@ void keep_likelier(Buffers& buffers, std::size_t i) {
 // ever finding it: a token is in it exactly when all that are likelier weigh less than that. One
 // that is not is dropped with all below it, and the draw repeated among the rest, which is
 // 1 + ln(1 / top_p) draws on average at most.
-std::size_t draw_from_nucleus(Buffers& buffers, double enough, RandomState& random) {
+// `left` is the sum of all weights.
+std::size_t draw_from_nucleus(Buffers& buffers, double left, double enough, RandomState& random) {
     while (true) {
-        const std::size_t i = locate(buffers, random.next_uniform() * total(buffers.sums));
-        if (sum_likelier(buffers, i) < enough) return i;
+        const std::size_t i = locate(buffers, random.next_uniform() * left);
+        const double likelier = sum_likelier(buffers, i);
+        if (likelier < enough) return i;
         keep_likelier(buffers, i);
+        left = likelier;
     }
 }
 
@@ -326,8 +298,9 @@ double RandomState::next_uniform() {
     return static_cast<double>(z >> 11) * 0x1.0p-53;
 }
 
-std::int32_t sample(const std::vector<float>& logits, const std::vector<std::int32_t>& history,
-                    const SamplingParams& params, RandomState& random, const StreamDecoder* text) {
+std::int32_t sample(const KernelTable& kernels, const std::vector<float>& logits,
+                    const std::vector<std::int32_t>& history, const SamplingParams& params,
+                    RandomState& random, const StreamDecoder* text) {
     Buffers& buffers = this_threads_buffers();
     buffers.logits = logits;
     adjust(buffers.logits, history, params);
@@ -340,7 +313,7 @@ std::int32_t sample(const std::vector<float>& logits, const std::vector<std::int
     const float most = *best;
     if (params.temperature == 0.0f || params.top_k == 1 || params.top_p == 0.0f) {
         const auto block =
-            (best - buffers.maxima.begin()) * static_cast<std::ptrdiff_t>(block_size);
+            (best - buffers.maxima.begin()) * static_cast<std::ptrdiff_t>(block_tokens);
         const auto begin = buffers.logits.begin();
         return static_cast<std::int32_t>(std::find(begin + block, buffers.logits.end(), most) -
                                          begin);
@@ -354,27 +327,33 @@ std::int32_t sample(const std::vector<float>& logits, const std::vector<std::int
         buffers.logits.resize(tokens.size());
         find_maxima(buffers);
     }
-    weigh(buffers, most, params.temperature);
+    weigh(kernels, buffers, most, params.temperature);
     const double weight = total(buffers.sums);
-    if (params.min_p > 0.0f) drop_below(buffers, params.min_p);
+    double left = weight;
+    if (params.min_p > 0.0f) {
+        drop_below(buffers, params.min_p);
+        left = total(buffers.sums);
+    }
     const std::size_t drawn =
         params.top_p < 1.0f
-            ? draw_from_nucleus(buffers, static_cast<double>(params.top_p) * weight, random)
-            : locate(buffers, random.next_uniform() * total(buffers.sums));
+            ? draw_from_nucleus(buffers, left, static_cast<double>(params.top_p) * weight, random)
+            : locate(buffers, random.next_uniform() * left);
     return tokens.empty() ? static_cast<std::int32_t>(drawn) : tokens[drawn];
 }
 
-double log_probability(const float* logits, std::int32_t vocab_size, std::int32_t token) {
+double log_probability(const KernelTable& kernels, const float* logits, std::int32_t vocab_size,
+                       std::int32_t token) {
     Buffers& buffers = this_threads_buffers();
     buffers.logits.assign(logits, logits + vocab_size);
     find_maxima(buffers);
     const float most = *std::max_element(buffers.maxima.begin(), buffers.maxima.end());
-    weigh(buffers, most, 1.0f);
+    weigh(kernels, buffers, most, 1.0f);
     return static_cast<double>(logits[token]) - static_cast<double>(most) -
            std::log(total(buffers.sums));
 }
 
-std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const std::vector<float>& logits,
+std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const KernelTable& kernels,
+                                                                   const std::vector<float>& logits,
                                                                    std::int32_t n) {
     Buffers& buffers = this_threads_buffers();
     buffers.logits = logits;
@@ -389,7 +368,7 @@ std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const std::ve
     std::stable_sort(result.begin(), result.end(),
                      [&](const auto& a, const auto& b) { return logit(a.first) > logit(b.first); });
     const std::int32_t first = result[0].first;
-    const double best = log_probability(logits.data(), vocab_size, first);
+    const double best = log_probability(kernels, logits.data(), vocab_size, first);
     for (auto& [token, probability] : result) {
         probability =
             best + (static_cast<double>(logit(token)) - static_cast<double>(logit(first)));

@@ -7,6 +7,7 @@
 
 namespace tinyllama {
 
+struct KernelTable;
 class StreamDecoder;
 
 struct SamplingParams {
@@ -39,15 +40,17 @@ struct RandomState {
 // never drawn. `history` is the whole timeline. With `text`, which shows what was generated so far,
 // tokens that would break a character are never drawn. Throws Error(invalid_argument) when no token
 // is left.
-std::int32_t sample(const std::vector<float>& logits, const std::vector<std::int32_t>& history,
-                    const SamplingParams& params, RandomState& random,
-                    const StreamDecoder* text = nullptr);
+std::int32_t sample(const KernelTable& kernels, const std::vector<float>& logits,
+                    const std::vector<std::int32_t>& history, const SamplingParams& params,
+                    RandomState& random, const StreamDecoder* text = nullptr);
 
 // Natural logarithm of a token's probability under softmax(logits).
-double log_probability(const float* logits, std::int32_t vocab_size, std::int32_t token);
+double log_probability(const KernelTable& kernels, const float* logits, std::int32_t vocab_size,
+                       std::int32_t token);
 
 // The n most likely tokens and their log-probabilities, best first, lowest id first on ties.
-std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const std::vector<float>& logits,
+std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const KernelTable& kernels,
+                                                                   const std::vector<float>& logits,
                                                                    std::int32_t n);
 
 }  // namespace tinyllama

@@ -72,8 +72,8 @@ void check_tokens(const Feed& feed, std::size_t n_before) {
         }
     }
     const auto room = static_cast<std::size_t>(model.config().max_seq_len) - n_before;
-    if (feed.tokens.size() > room) {
-        throw Error(Status::context_full, std::to_string(feed.tokens.size()) +
+    if (feed.tokens.size > room) {
+        throw Error(Status::context_full, std::to_string(feed.tokens.size) +
                                               " tokens do not fit: the context of " +
                                               std::to_string(model.config().max_seq_len) +
                                               " tokens has room for " + std::to_string(room));
@@ -150,7 +150,7 @@ std::int32_t Session::sample(const SamplingParams& params, const StreamDecoder* 
     const SessionLock lock(*this);
     validate(params, model_->config().vocab_size);
     compute_missing_logits();
-    return tinyllama::sample(logits_, tokens_, params, random_, text);
+    return tinyllama::sample(model_->kernels(), logits_, tokens_, params, random_, text);
 }
 
 double Session::log_probability(std::int32_t token) {
@@ -162,13 +162,13 @@ double Session::log_probability(std::int32_t token) {
                                                   " tokens");
     }
     compute_missing_logits();
-    return tinyllama::log_probability(logits_.data(), vocab_size, token);
+    return tinyllama::log_probability(model_->kernels(), logits_.data(), vocab_size, token);
 }
 
 std::vector<std::pair<std::int32_t, double>> Session::top_log_probabilities(std::int32_t n) {
     const SessionLock lock(*this);
     compute_missing_logits();
-    return tinyllama::top_log_probabilities(logits_, n);
+    return tinyllama::top_log_probabilities(model_->kernels(), logits_, n);
 }
 
 // The last token is computed again: the promise of invariance makes its logits the same bits.
@@ -198,9 +198,9 @@ void Session::rewind(std::int32_t n_tokens) {
     logits_valid_ = false;
 }
 
-std::unique_ptr<Session> Session::fork(std::uint64_t seed) {
+std::shared_ptr<Session> Session::fork(std::uint64_t seed) {
     const SessionLock lock(*this);
-    auto copy = std::make_unique<Session>(model_, seed);
+    auto copy = std::make_shared<Session>(model_, seed);
     copy->tokens_ = tokens_;
     copy->cache_ = cache_.share(static_cast<std::int32_t>(tokens_.size()));
     copy->logits_ = logits_;
@@ -225,22 +225,21 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
     };
     for (const Feed& feed : feeds) {
         Session& session = *feed.session;
-        if (feed.tokens.empty()) continue;
+        if (feed.tokens.size == 0) continue;
         const std::size_t n_before = session.tokens_.size();
         session.cache_.reserve(static_cast<std::int32_t>(n_before),
-                               static_cast<std::int32_t>(n_before + feed.tokens.size()));
+                               static_cast<std::int32_t>(n_before + feed.tokens.size));
         session.logits_.resize(vocab_size);
-        session.tokens_.reserve(n_before + feed.tokens.size());
-        for (std::size_t i = 0; i < feed.tokens.size(); ++i) {
+        for (std::size_t i = 0; i < feed.tokens.size; ++i) {
             float* logits = nullptr;
             if (feed.all_logits != nullptr) {
                 logits = feed.all_logits + i * vocab_size;
-            } else if (i + 1 == feed.tokens.size()) {
+            } else if (i + 1 == feed.tokens.size) {
                 logits = session.logits_.data();
             }
-            rows.push_back(
-                {&session.cache_, static_cast<std::int32_t>(n_before + i), feed.tokens[i], logits});
-            session.tokens_.push_back(feed.tokens[i]);
+            rows.push_back({&session.cache_, static_cast<std::int32_t>(n_before + i),
+                            feed.tokens.data[i], logits});
+            session.tokens_.push_back(feed.tokens.data[i]);
             if (rows.size() == max_rows) {
                 flush();
                 between_chunks();
@@ -249,9 +248,9 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
     }
     flush();
     for (const Feed& feed : feeds) {
-        if (feed.tokens.empty()) continue;
+        if (feed.tokens.size == 0) continue;
         if (feed.all_logits != nullptr) {
-            const float* last = feed.all_logits + (feed.tokens.size() - 1) * vocab_size;
+            const float* last = feed.all_logits + (feed.tokens.size - 1) * vocab_size;
             std::copy(last, last + vocab_size, feed.session->logits_.begin());
         }
         feed.session->logits_valid_ = true;
@@ -259,38 +258,37 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
     transaction.commit();
 }
 
-std::vector<std::int32_t> sample_each(const std::vector<Draw>& draws) {
-    std::vector<std::int32_t> tokens(draws.size());
-    if (draws.empty()) return tokens;
-    std::vector<std::exception_ptr> errors(draws.size());
+void sample_each(std::vector<Draw>& draws) {
+    if (draws.empty()) return;
     const Model& model = draws.front().session->model();
     const auto n = static_cast<std::int64_t>(draws.size());
     const bool little = n * model.config().vocab_size < (1 << 16);
     parallel_for(little ? 1 : model.n_threads(), n, [&](std::int64_t begin, std::int64_t end) {
         for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
+            Draw& draw = draws[i];
             try {
-                tokens[i] = draws[i].session->sample(*draws[i].params, draws[i].text);
+                draw.token = draw.session->sample(*draw.params, draw.text);
             } catch (...) {
-                errors[i] = std::current_exception();
+                draw.error = std::current_exception();
             }
         }
     });
-    for (const std::exception_ptr& error : errors) {
-        if (error != nullptr) std::rethrow_exception(error);
+    for (const Draw& draw : draws) {
+        if (draw.error != nullptr) std::rethrow_exception(draw.error);
     }
-    return tokens;
 }
 
 std::vector<double> score(Session& session, const std::vector<std::int32_t>& tokens,
                           const std::function<void()>& between_chunks) {
     const std::int32_t vocab_size = session.model().config().vocab_size;
+    const KernelTable& kernels = session.model().kernels();
     std::vector<double> scores(tokens.size(), std::numeric_limits<double>::quiet_NaN());
     if (tokens.empty()) return scores;
     const std::int32_t n_before = session.n_tokens();
     if (n_before > 0) {
         const std::vector<float> logits = session.logits();
         if (tokens[0] >= 0 && tokens[0] < vocab_size) {
-            scores[0] = log_probability(logits.data(), vocab_size, tokens[0]);
+            scores[0] = log_probability(kernels, logits.data(), vocab_size, tokens[0]);
         }
     }
     check_tokens({&session, tokens, nullptr}, static_cast<std::size_t>(n_before));
@@ -302,11 +300,12 @@ std::vector<double> score(Session& session, const std::vector<std::int32_t>& tok
             const auto at = [&](std::size_t i) {
                 return tokens.begin() + static_cast<std::ptrdiff_t>(i);
             };
-            feed({{&session, {at(begin), at(end)}, logits.data()}}, between_chunks);
+            const std::vector<std::int32_t> chunk(at(begin), at(end));
+            feed({{&session, chunk, logits.data()}}, between_chunks);
             for (std::size_t i = begin + 1; i < std::min(tokens.size(), end + 1); ++i) {
                 const float* row =
                     logits.data() + (i - 1 - begin) * static_cast<std::size_t>(vocab_size);
-                scores[i] = log_probability(row, vocab_size, tokens[i]);
+                scores[i] = log_probability(kernels, row, vocab_size, tokens[i]);
             }
             between_chunks();
         }

@@ -2,7 +2,9 @@
 #pragma once
 
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
+#include <exception>
 #include <functional>
 #include <memory>
 #include <vector>
@@ -37,7 +39,7 @@ public:
     // Keeps the first n_tokens.
     void rewind(std::int32_t n_tokens);
     // A copy with the same past and a random state of its own.
-    std::unique_ptr<Session> fork(std::uint64_t seed);
+    std::shared_ptr<Session> fork(std::uint64_t seed);
 
 private:
     friend class SessionLock;
@@ -56,22 +58,33 @@ private:
     std::atomic<bool> in_use_{false};
 };
 
-// How one session draws its next token; see Session::sample.
+// How one session draws its next token (see Session::sample), and what came of it.
 struct Draw {
     Session* session;
     const SamplingParams* params;
     const StreamDecoder* text;
+    std::int32_t token = -1;
+    std::exception_ptr error = nullptr;
 };
 
 // Draws from many sessions, each once, side by side on the threads of the first one's model. Throws
 // what the first of them to fail throws.
-std::vector<std::int32_t> sample_each(const std::vector<Draw>& draws);
+void sample_each(std::vector<Draw>& draws);
+
+// Tokens that somebody else keeps alive.
+struct TokenSpan {
+    TokenSpan(const std::vector<std::int32_t>& tokens) : data(tokens.data()), size(tokens.size()) {}
+    const std::int32_t* begin() const { return data; }
+    const std::int32_t* end() const { return data + size; }
+    const std::int32_t* data;
+    std::size_t size;
+};
 
 // Tokens to append to one session.
 struct Feed {
     Session* session;
-    std::vector<std::int32_t> tokens;
-    float* all_logits;  // (tokens.size(), vocab_size) out, or null
+    TokenSpan tokens;
+    float* all_logits;  // (tokens.size, vocab_size) out, or null
 };
 
 // Appends tokens to sessions of one model as one batch, cut into chunks where it is long;

@@ -9,7 +9,8 @@ import pytest
 import tinyllama
 from random_models import forced_model, tiny_checkpoint, tiny_model
 from tinyllama import Completion
-from tinyllama.generation import MAX_LIVE, StopMatcher, sequence_seed
+from tinyllama.errors import ArgumentError
+from tinyllama.generation import MAX_LIVE, sequence_seed
 from tinyllama.reference import forward
 
 PROMPT = "the rain"
@@ -179,21 +180,38 @@ def test_stop_strings_are_not_sought_in_the_prompt():
     assert model.generate("ABC", temperature=0, stop="B") == "DEFG"
 
 
-def test_stop_matcher_equals_search_in_the_whole():
+def test_stop_strings_equal_search_in_the_whole(model):
+    """A text of two letters and one character of three bytes, cut where any search would cut it."""
     rng = np.random.default_rng(0)
-    for _ in range(2000):
-        text = "".join(rng.choice(list("ab"), 12))
-        stops = tuple("".join(rng.choice(list("ab"), n)) for n in rng.integers(2, 6, 2))
-        matcher = StopMatcher(stops)
-        out = ""
-        for character in text:
-            out += matcher.push(character)
-            if matcher.found:
-                break
-        out += matcher.flush()
+    letters = [*"ab", "\u6c34"]
+    bytes_of = {3 + byte for byte in "".join(letters).encode()}
+    options = {"max_new_tokens": 12, "temperature": 100.0, "top_p": 1.0}
+    options["logit_bias"] = {t: -math.inf for t in range(300) if t not in bytes_of}
+    n_cut = 0
+    for seed in range(500):
+        text = model.generate(PROMPT, seed=seed, **options)
+        stops = ["".join(rng.choice(letters, n)) for n in rng.integers(1, 5, 2)]
         # Character by character, the match that ends first wins; among these the longest.
         ends = [(text.find(s) + len(s), text.find(s)) for s in stops if s in text]
-        assert out == (text[: min(ends)[1]] if ends else text), (text, stops)
+        expected = text[: min(ends)[1]] if ends else text
+        n_cut += bool(ends)
+        completion = model.complete(PROMPT, seed=seed, stop=stops, **options)
+        assert completion.text == expected, (text, stops)
+        assert completion.finish_reason == ("stop" if ends else "length")
+        assert "".join(model.stream(PROMPT, seed=seed, stop=stops, **options)) == expected
+    assert 100 < n_cut < 450
+
+
+def test_no_text_holds_half_a_surrogate():
+    model = forced_model(b"abc")
+    assert model.generate(temperature=0, stop=["\ud800", "c\ud800"]) == "abc"
+
+
+def test_min_new_tokens_that_leave_nothing_to_draw_are_refused_at_once(model):
+    bias = dict.fromkeys(set(range(300)) - {1, 2}, -math.inf)
+    assert model.complete(PROMPT, logit_bias=bias).finish_reason == "stop"
+    with pytest.raises(ArgumentError, match="min_new_tokens together ban every token"):
+        model.complete([], logit_bias=bias, min_new_tokens=1)
 
 
 def test_shapes(model):

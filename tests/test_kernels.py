@@ -378,3 +378,42 @@ def test_sets_are_listed_best_first_and_unknown_names_refused() -> None:
     x = np.zeros((1, 4), np.float32)
     with pytest.raises(Exception, match="generic"):
         _core.kernel_matmul("sse9", "f32", np.zeros((1, 4), np.float32), 1, 4, x)
+
+
+def test_weigh(isa: str) -> None:
+    rng = np.random.default_rng(9)
+    for n_blocks in (0, 1, 2, 7, 500):
+        for scale in (1e-3, 1.0, 1.442695, 20.0, 3e38):
+            x = normal(rng, 64 * n_blocks) * np.float32(10)
+            x[3::50] = -np.inf
+            x[5::50] = np.float32(-3e38)
+            best = np.max(x, initial=np.float32(1))
+            weights, sums = _core.kernel_weigh(isa, x, best, scale)
+            with np.errstate(over="ignore", invalid="ignore"):
+                power = (x - best).astype(np.float32) * np.float32(scale)
+            exact = np.where(power >= -126, np.exp2(power.astype(np.float64)), 0.0)
+            assert np.all(np.abs(weights - exact) <= 2e-7 * exact)
+            assert (weights[x == best] == 1).all() and not weights[3::50].any()
+            # Four lanes of a block, then 16 by halves.
+            lanes = weights.reshape(n_blocks, 4, 16)
+            sum_of = ((lanes[:, 0] + lanes[:, 1]) + lanes[:, 2]) + lanes[:, 3]
+            while sum_of.shape[1] > 1:
+                half = sum_of.shape[1] // 2
+                sum_of = sum_of[:, :half] + sum_of[:, half:]
+            assert sums.tobytes() == sum_of.tobytes()
+            plain = _core.kernel_weigh("generic", x, best, scale)
+            assert [a.tobytes() for a in plain] == [weights.tobytes(), sums.tobytes()]
+
+
+def test_weigh_at_the_ends(isa: str) -> None:
+    """Around every power of two, and where weights end."""
+    x = np.concatenate([np.arange(-128, 0.25, 0.25), np.linspace(-126.5, -125.5, 64 * 400 - 513)])
+    x = x.astype(np.float32)
+    weights, _ = _core.kernel_weigh(isa, x, 0.0, 1.0)
+    assert not weights[x < -126].any()
+    kept = x >= -126
+    exact = np.exp2(x[kept].astype(np.float64))
+    assert np.all(np.abs(weights[kept] - exact) <= 2e-7 * exact)
+    whole = kept & (x == np.round(x))
+    np.testing.assert_array_equal(weights[whole], np.exp2(x[whole]))
+    assert weights.tobytes() == _core.kernel_weigh("generic", x, 0.0, 1.0)[0].tobytes()

@@ -73,7 +73,8 @@ def expected_probabilities(logits, p):
 def test_draws_follow_the_documented_distribution(session, options):
     params = SamplingParams(**options)
     expected = expected_probabilities(session.logits(), params)
-    core = params.for_core(300, n_prompt_tokens=len(PROMPT))
+    core = params.for_core(300)
+    core.n_prompt_tokens = len(PROMPT)
     drawn = np.array([_core.sample(session, core) for _ in range(N_DRAWS)])
     counts = np.bincount(drawn, minlength=300)
     assert counts[expected == 0].sum() == 0  # nothing that the filters drop is ever drawn

@@ -17,6 +17,7 @@ namespace tinyllama {
 constexpr int64_t panel_rows = 16;
 constexpr int64_t block_size = 32;   // columns that share a scale in files of q8_0 and q4_0
 constexpr int64_t group_size = 512;  // columns that share a scale in activations and packed q8_0
+constexpr int64_t weigh_block = 64;  // tokens whose weights are summed together
 
 // Bytes that kernels may read, and multiply by zero, beyond the last panel.
 constexpr int64_t panels_slack = 512;
@@ -108,6 +109,12 @@ struct KernelTable {
     void (*rope)(float* x, const float* cos, const float* sin, int64_t n_heads, int64_t head_dim);
     // out = silu(gate) * up (Shazeer, arXiv 2002.05202); out may be gate.
     void (*swiglu)(float* out, const float* gate, const float* up, int64_t n);
+
+    // Softmax of n_blocks blocks of 64, not normalised: weights = 2^((x - best) * scale) for x up
+    // to best, to about 2e-7 of it, and 0 where that is below 2^-126; sums are of each block: lane
+    // i of 16 adds elements i, i + 16, i + 32, i + 48, then lane i with i + 8, i + 4, i + 2, i + 1.
+    void (*weigh)(float* weights, float* sums, const float* x, int64_t n_blocks, float best,
+                  float scale);
 
     // Writes a position's key and value (head_dim each); int8 with the scale max|.| / 127 of each.
     void (*store_kv)(const KvHead& head, int64_t pos, const float* k, const float* v);

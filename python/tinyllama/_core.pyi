@@ -98,6 +98,51 @@ class Session:
     def fork(self, seed: int) -> Session:
         """A copy with the same past and a random state of its own."""
 
+class Request:
+    """One text being continued: a session, the tokens it has still to read, and what was made of
+    them. ``stops`` are UTF-8; with ``n_top``, log-probabilities are kept (0: of the drawn tokens
+    alone). BusyError when the session is."""
+
+    def __init__(
+        self,
+        session: Session,
+        prompt: Sequence[int],
+        decoder: StreamDecoder,
+        params: SamplingParams,
+        max_new_tokens: int | None = ...,
+        min_new_tokens: int = ...,
+        end_tokens: Sequence[int] = ...,
+        stops: Sequence[bytes] = ...,
+        n_top: int | None = ...,
+    ) -> None: ...
+    @property
+    def text(self) -> str:
+        """What is certain of it: what may become a stop string is held back."""
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def logprobs(self) -> list[tuple[int, float, list[tuple[int, float]]]]:
+        """Per token: its id, its log-probability under the model itself, the likeliest n_top."""
+    @property
+    def finish_reason(self) -> str | None:
+        """None while it goes on, then "stop" or "length"."""
+    def take_text(self) -> str:
+        """The part of ``text`` not taken before."""
+
+class Scheduler:
+    """Steps requests of one model together. Used by one thread at a time. When something is raised
+    (NonFiniteError, Ctrl-C, ...), every session is as after its last pass."""
+
+    def __init__(self) -> None: ...
+    def submit(self, request: Request) -> None:
+        """Takes part from the next step on, which reads its prompt."""
+    def step(self) -> None:
+        """One token for each request. Afterwards every session holds all that was drawn for it.
+        Requests that ended leave."""
+    def run(self) -> list[Request]:
+        """Step until a request has ended. Those that have leave and are returned, in the order in
+        which they came; their sessions may lack the last token."""
+
 def forward(
     sessions: Sequence[Session], tokens: Sequence[Sequence[int]], all_logits: bool = ...
 ) -> list[npt.NDArray[np.float32]]:
@@ -163,6 +208,11 @@ def kernel_quantize_q8(
 
 def kernel_round_bf16(isa: str, x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """The upper halves of x, rounded, up to a multiple of 32."""
+
+def kernel_weigh(
+    isa: str, x: npt.NDArray[np.float32], best: float, scale: float
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+    """2^((x - best) * scale) for each of x, whole blocks of 64, and the sum of each block."""
 
 def kernel_attend(
     isa: str,

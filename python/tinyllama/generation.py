@@ -61,138 +61,42 @@ class Completion:
 OnDone: TypeAlias = "Callable[[int, int, Completion], object]"
 
 
-class StopMatcher:
-    """Ends a text before the first of some strings, holding back what may become one of them."""
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self.found = False
-        self._stops = stops
-        self._held = ""
-
-    def push(self, text: str) -> str:
-        """The part of the text so far that is certain and was not returned before."""
-        text = self._held + text
-        hits = [at for at in map(text.find, self._stops) if at >= 0]
-        if hits:
-            self.found, self._held = True, ""
-            return text[: min(hits)]
-        n_held = max((_overlap(text, stop) for stop in self._stops), default=0)
-        certain = len(text) - n_held
-        self._held = text[certain:]
-        return text[:certain]
-
-    def flush(self) -> str:
-        """What was held back for a stop string that did not come."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of ``text`` that begins ``stop`` without completing it."""
-    longest = min(len(text), len(stop) - 1)
-    return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
-
-
-class Continuation:
-    """One text being continued, on a core session that has read the prompt.
-
-    Drawing a token and feeding it to the session is the caller's part, so that many sessions can
-    share both. ``token`` is the last one accepted, None for an end token.
-    """
-
-    def __init__(
-        self,
-        session: _core.Session,
-        decoder: _core.StreamDecoder,
-        model: _core.Model,
-        params: SamplingParams,
-        n_top: int | None = None,
-    ) -> None:
-        tokenizer = model.tokenizer
-        self.session = session
-        self.token: int | None = None
-        self.tokens: list[int] = []
-        self.finish_reason: str | None = None
-        self._pieces: list[str] = []
-        self._logprobs: list[TokenLogprob] = []
-        self.decoder = decoder
-        self._tokenizer = tokenizer
-        self._stops = StopMatcher(params.stop_strings())
-        self._n_top = n_top
-        self._ends = {tokenizer.eos_id, tokenizer.bos_id} - {-1}
-        n_prompt = session.n_tokens
-        self._params = params.for_core(tokenizer.vocab_size, n_prompt)
-        self._n_banned = params.min_new_tokens if self._ends else 0
-        if self._n_banned:
-            self._early_params = params.for_core(tokenizer.vocab_size, n_prompt, self._ends)
-        self._room = model.config["max_seq_len"] - n_prompt
-        if params.max_new_tokens is not None:
-            self._room = min(self._room, params.max_new_tokens)
-        if self._room == 0:
-            self.finish_reason = "length"
-
-    def accept(self, token: int) -> str:
-        """Take the token that was drawn: the text that became certain with it, possibly none."""
-        text = self._accept(token)
-        self._pieces.append(text)
-        return text
-
-    def params(self) -> _core.SamplingParams:
-        """By which the next token is to be drawn, with ``decoder`` as the text so far."""
-        return self._early_params if len(self.tokens) < self._n_banned else self._params
-
-    def completion(self, n_prompt: int) -> Completion:
-        """What the steps made, after a prompt of ``n_prompt`` tokens."""
-        return Completion(
-            text="".join(self._pieces),
-            tokens=tuple(self.tokens),
-            logprobs=None if self._n_top is None else tuple(self._logprobs),
-            finish_reason=self.finish_reason or "",
-            usage=Usage(n_prompt, len(self.tokens)),
-            seed=self.session.seed,
-        )
-
-    def _accept(self, token: int) -> str:
-        n = len(self.tokens)
-        if token in self._ends:
-            self.token, self.finish_reason = None, "stop"
-            text = self._stops.push(self.decoder.finish())
-            return text if self._stops.found else text + self._stops.flush()
-        self.token = token
-        self.tokens.append(token)
-        if self._n_top is not None:
-            logprob = _core.logprob(self.session, token)
-            piece = self._tokenizer.token_bytes(token).decode("utf-8", "replace")
-            top = tuple(_core.top_logprobs(self.session, self._n_top)) if self._n_top else ()
-            self._logprobs.append(TokenLogprob(token, piece, logprob, top))
-        text = self._stops.push(self.decoder.push(token))
-        if self._stops.found:
-            self.finish_reason = "stop"
-        elif n + 1 == self._room:
-            # A character that the limit cuts in two is left out: half of it means nothing.
-            self.finish_reason = "length"
-            text += self._stops.flush()
-        return text
-
-
-def draw(continuations: Sequence[Continuation]) -> list[int]:
-    """The next token of each, side by side."""
-    return _core.sample_each(
-        [c.session for c in continuations],
-        [c.params() for c in continuations],
-        [c.decoder for c in continuations],
+def new_request(
+    model: _core.Model,
+    session: _core.Session,
+    prompt: list[int],
+    options: SamplingParams,
+    decoder: _core.StreamDecoder,
+    n_top: int | None = None,
+) -> _core.Request:
+    """What is to be made of a session that has still to read ``prompt``."""
+    return _core.Request(
+        session,
+        prompt,
+        decoder,
+        options.for_core(model.tokenizer.vocab_size),
+        options.max_new_tokens,
+        options.min_new_tokens,
+        end_tokens(model.tokenizer),
+        [stop.encode("utf-8", "surrogatepass") for stop in options.stop_strings()],
+        n_top,
     )
 
 
-def stream_pieces(continuation: Continuation) -> Iterator[str]:
+def end_tokens(tokenizer: _core.Tokenizer) -> list[int]:
+    """The tokens by which a model ends a text: another's beginning as well."""
+    return sorted({tokenizer.eos_id, tokenizer.bos_id} - {-1})
+
+
+def stream_pieces(request: _core.Request) -> Iterator[str]:
     """Text piece by piece. Every token is in the session before its text is handed out, so that
     the session can be read, forked or fed at any moment, and left at any moment."""
-    while continuation.finish_reason is None:
-        text = continuation.accept(draw([continuation])[0])
-        if continuation.token is not None:
-            _core.forward([continuation.session], [[continuation.token]])
-        if text:
-            yield text
+    scheduler = _core.Scheduler()
+    scheduler.submit(request)
+    while request.finish_reason is None:
+        scheduler.step()
+        if piece := request.take_text():
+            yield piece
 
 
 def complete_prompts(
@@ -208,37 +112,58 @@ def complete_prompts(
     else runs beside it. A prompt is read once and its session forked for the others. ``on_done``
     is called with (i, j, completion) as soon as a text has ended.
     """
-    first_seed = new_seed() if params.seed is None else params.seed
     n = params.num_return_sequences
+    first_seed = new_seed() if params.seed is None else params.seed
     waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
     read: dict[int, _core.Session] = {}  # prompts of which sequences are still to start
-    live: dict[tuple[int, int], Continuation] = {}
+    live: dict[_core.Request, tuple[int, int]] = {}
     done: dict[tuple[int, int], Completion] = {}
+    scheduler = _core.Scheduler()
     while waiting or live:
         starting = [waiting.popleft() for _ in range(min(len(waiting), MAX_LIVE - len(live)))]
-        unread = [i for i in dict.fromkeys(i for i, _ in starting) if i not in read]
+        # The last sequence of a prompt takes the session that read it, the others copies.
+        unread = [i for i, j in starting if j == 0]
         for i in unread:
             read[i] = _core.Session(model, sequence_seed(first_seed, i * n + n - 1))
-        _core.forward(
-            [c.session for c in live.values()] + [read[i] for i in unread],
-            [[c.tokens[-1]] for c in live.values()] + [prompts[i] for i in unread],
-        )
+        if n > 1:
+            _core.forward([read[i] for i in unread], [prompts[i] for i in unread])
         for i, j in starting:
-            # The last sequence of a prompt takes the session that read it, the others copies.
             last = j == n - 1
             session = read.pop(i) if last else read[i].fork(sequence_seed(first_seed, i * n + j))
             decoder = _core.StreamDecoder(model.tokenizer, at_start(model.tokenizer, prompts[i]))
-            live[i, j] = Continuation(session, decoder, model, params, n_top)
-        going = [c for c in live.values() if c.finish_reason is None]
-        for continuation, token in zip(going, draw(going), strict=True):
-            continuation.accept(token)
-        for (i, j), continuation in list(live.items()):
-            if continuation.finish_reason is not None:
-                done[i, j] = continuation.completion(len(prompts[i]))
-                del live[i, j]
-                if on_done is not None:
-                    on_done(i, j, done[i, j])
+            prompt = prompts[i] if n == 1 else []
+            request = new_request(model, session, prompt, params, decoder, n_top)
+            live[request] = i, j
+            scheduler.submit(request)
+        for request in scheduler.run():
+            i, j = live.pop(request)
+            seed = sequence_seed(first_seed, i * n + j)
+            done[i, j] = _completion(model, request, len(prompts[i]), n_top, seed)
+            if on_done is not None:
+                on_done(i, j, done[i, j])
     return [[done[i, j] for j in range(n)] for i in range(len(prompts))]
+
+
+def _completion(
+    model: _core.Model, request: _core.Request, n_prompt: int, n_top: int | None, seed: int
+) -> Completion:
+    tokens = tuple(request.tokens)
+    logprobs = tuple(
+        TokenLogprob(token, _piece(model, token), logprob, tuple(top))
+        for token, logprob, top in request.logprobs
+    )
+    return Completion(
+        text=request.text,
+        tokens=tokens,
+        logprobs=None if n_top is None else logprobs,
+        finish_reason=request.finish_reason or "",
+        usage=Usage(n_prompt, len(tokens)),
+        seed=seed,
+    )
+
+
+def _piece(model: _core.Model, token: int) -> str:
+    return model.tokenizer.token_bytes(token).decode("utf-8", "replace")
 
 
 def at_start(tokenizer: _core.Tokenizer, tokens: Sequence[int]) -> bool:

@@ -25,7 +25,7 @@ from .arguments import (
 )
 from .config import Config, RopeScaling
 from .errors import ArgumentError, ContextFullError
-from .generation import Completion, OnDone, complete_prompts
+from .generation import Completion, OnDone, complete_prompts, end_tokens
 from .sampling import SamplingParams, as_int
 from .session import Session
 
@@ -199,7 +199,8 @@ class Model:
             raise ArgumentError(f"params is {params!r}; it must be SamplingParams")
         check_names(sampling)
         options = SamplingParams(**sampling) if params is None else replace(params, **sampling)
-        options.for_core(self.tokenizer.vocab_size)  # complains about logit_bias before any work
+        banned = end_tokens(self._core.tokenizer) if options.min_new_tokens else []
+        options.for_core(self.tokenizer.vocab_size, banned)  # complains before any work
         return options
 
     def _complete(

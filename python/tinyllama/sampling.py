@@ -129,12 +129,8 @@ class SamplingParams:
         """``stop`` as a tuple, empty when there is none."""
         return self.stop if isinstance(self.stop, tuple) else ()
 
-    def for_core(
-        self, vocab_size: int, n_prompt_tokens: int = 0, banned: Iterable[int] = ()
-    ) -> _core.SamplingParams:
+    def for_core(self, vocab_size: int, banned: Iterable[int] = ()) -> _core.SamplingParams:
         """The same as the compiled core takes it, with ``banned`` tokens never drawn.
-
-        What follows the first ``n_prompt_tokens`` of a timeline counts as generated.
 
         Raises ArgumentError for a logit_bias outside the vocabulary.
         """
@@ -149,7 +145,6 @@ class SamplingParams:
                 raise ArgumentError(
                     f"logit_bias names token {token}; the model has {vocab_size} tokens"
                 )
-        params.n_prompt_tokens = n_prompt_tokens
         params.logit_bias = [(token, value) for token, value in bias.items() if value != -_INF]
         params.banned = sorted({*banned, *(t for t, value in bias.items() if value == -_INF)})
         if len(params.banned) == vocab_size:

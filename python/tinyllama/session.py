@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import _core
 from .arguments import Prompt, checked_seed, checked_text, takes_sampling
 from .errors import ArgumentError
-from .generation import Continuation, at_start, stream_pieces
+from .generation import at_start, new_request, stream_pieces
 from .sampling import SamplingParams, as_int
 
 if TYPE_CHECKING:
@@ -97,10 +97,10 @@ class Session:
             self.feed("")
         if self._decoder is None:
             self._decoder = _core.StreamDecoder(self.model.tokenizer._core, self._at_start())
-        continuation = Continuation(self._core, self._decoder, self.model._core, options)
+        request = new_request(self.model._core, self._core, [], options, self._decoder)
         self.finish_reason = None
-        yield from stream_pieces(continuation)
-        self.finish_reason = continuation.finish_reason
+        yield from stream_pieces(request)
+        self.finish_reason = request.finish_reason
 
     def rewind(self, n_tokens: int) -> None:
         """Keep the first ``n_tokens`` of the timeline. The random state goes on, so that what

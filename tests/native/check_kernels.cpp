@@ -49,6 +49,29 @@ void check_swiglu(Run& run, Random& random, Kind kind) {
         });
 }
 
+void check_weigh(Run& run, Random& random, Kind kind) {
+    const std::int64_t n_blocks = 1 + below(random, 3), n = n_blocks * weigh_block;
+    std::vector<float> x = draws(random, kind, n);
+    for (float& value : x)
+        value = value <= 4.0f ? value : 4.0f;
+    // The sums stand behind the weights.
+    check_row<float>(
+        run, "weigh", kind, n + n_blocks,
+        [&](const KernelTable& set, float* out) {
+            set.weigh(out, out + n, x.data(), n_blocks, 4.0f, 1.5f);
+        },
+        [&](std::int64_t i) {
+            const auto weight = [&](std::int64_t k) {
+                const float power = (x[size(k)] - 4.0f) * 1.5f;
+                return power < -126.0f ? 0.0 : std::exp2(static_cast<double>(power));
+            };
+            double exact = i < n ? weight(i) : 0.0;
+            for (std::int64_t k = 0; i >= n && k < weigh_block; ++k)
+                exact += weight((i - n) * weigh_block + k);
+            return std::pair(exact, (i < n ? 2e-7 : 2e-7 + 8 * u) * exact);
+        });
+}
+
 void check_rms_norm(Run& run, Random& random, Kind kind) {
     const std::int64_t n = 1 + below(random, 100);
     const std::vector<float> x = draws(random, kind, n), weight = draws(random, kind, n);
@@ -161,7 +184,8 @@ std::vector<float> logits_of(const std::string& file, const char* isa, KvType ty
         return logits;
     }
     for (std::size_t i = 0; i < tokens.size(); ++i)
-        feed({{&session, {tokens[i]}, logits.data() + i * vocab_size}}, [] {});
+        feed({{&session, std::vector<std::int32_t>{tokens[i]}, logits.data() + i * vocab_size}},
+             [] {});
     return logits;
 }
 
@@ -192,6 +216,7 @@ int check_all() {
     for (int i = 0; i < 150; ++i) {
         const Kind kind = i % 3 == 0 ? Kind::plain : i % 3 == 1 ? Kind::tiny : Kind::wild;
         check_swiglu(run, random, kind);
+        check_weigh(run, random, kind);
         check_rms_norm(run, random, kind);
         check_rope(run, random, kind);
         check_round_bf16(run, random, kind);
