@@ -18,6 +18,7 @@
 #include <cstring>
 #include <initializer_list>
 
+#include "logits.h"
 #include "packing.h"
 #include "parallel.h"
 
@@ -30,6 +31,8 @@ constexpr std::int64_t min_work_per_thread = 1 << 19;
 constexpr std::int64_t max_queries = 32;
 // Panels of the output head computed before their logits are handed out: they stay in a near cache.
 constexpr std::int64_t head_panels = 8;
+// A block of logits, whose largest is found by one thread.
+constexpr std::int64_t block_panels = weigh_block / panel_rows;
 
 std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -193,7 +196,9 @@ private:
         const Matrix& head = model_.weights().lm_head;
         const Input h = norm(team, model_.weights().final_norm, {&head}, n);
         show("final_norm", ws_.normed[0], c_.dim);
-        const Range mine = team.share(n_panels(head));
+        const std::int64_t n_all = n_panels(head);
+        const Range blocks = team.share(round_up(n_all, block_panels) / block_panels);
+        const Range mine{blocks.begin * block_panels, std::min(blocks.end * block_panels, n_all)};
         const std::int64_t width = head_panels * panel_rows;
         float* tile = ws_.logits.data() + team.thread() * n * width;
         std::uint32_t seen = 0;
@@ -204,8 +209,8 @@ private:
             // A kernel writes row r at y + r, and the tile begins with row `begin`.
             matmul(head, h, {tile - begin, width, false}, n, some);
             for (std::int64_t i = 0; i < n; ++i) {
-                seen |= copy(at(wanted_[static_cast<std::size_t>(i)]).logits + begin,
-                             tile + i * width, end - begin);
+                const Row& row = at(wanted_[static_cast<std::size_t>(i)]);
+                seen |= hand_out(row, begin, tile + i * width, end - begin);
             }
         }
         if (seen >= 0x80000000u) all_finite_.store(false, std::memory_order_relaxed);
@@ -216,7 +221,21 @@ private:
         show("logits", logits, c_.vocab_size);
     }
 
-    // Bit 31 of the result: some number has an exponent of all ones, which NaN and infinity have.
+    // Logits [begin, begin + n) of a row. Bit 31 of the result: some number has an exponent of all
+    // ones, which NaN and infinity have.
+    static std::uint32_t hand_out(const Row& row, std::int64_t begin, const float* from,
+                                  std::int64_t n) {
+        std::uint32_t seen = 0;
+        for (std::int64_t i = 0; i < n; i += weigh_block) {
+            const std::int64_t some = std::min(weigh_block, n - i);
+            seen |= copy(row.logits + begin + i, from + i, some);
+            if (row.maxima == nullptr) continue;
+            row.maxima[(begin + i) / weigh_block] =
+                largest_of(from + i, static_cast<std::size_t>(some));
+        }
+        return seen;
+    }
+
     static std::uint32_t copy(float* to, const float* from, std::int64_t n) {
         std::uint32_t seen = 0;
         for (std::int64_t i = 0; i < n; ++i) {

@@ -17,7 +17,8 @@ struct Row {
     KvCache* cache;
     std::int32_t pos;
     std::int32_t token;
-    float* logits;  // (vocab_size) out, or null where nobody asks
+    float* logits;            // (vocab_size) out, or null where nobody asks
+    float* maxima = nullptr;  // (blocks of 64 of them) out, the largest of each, or null
 };
 
 // What matrix products read in place of floats, in the form that their weights ask for. `width` is

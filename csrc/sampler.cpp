@@ -2,32 +2,24 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
-#include <functional>
-#include <limits>
 #include <string>
 #include <unordered_map>
 
-#include "kernels/kernel_table.h"
 #include "status.h"
 #include "tokenizer.h"
 
 namespace tinyllama {
 namespace {
 
-// Everything that looks at all tokens goes through them in blocks of 64, as 16 lanes side by side
-// with one fixed order of sums: plain loops that compilers turn into vectors of any width.
-constexpr auto block_tokens = static_cast<std::size_t>(weigh_block);
-constexpr std::size_t n_lanes = 16;
-constexpr float impossible = -std::numeric_limits<float>::infinity();
+constexpr std::size_t n_lanes = 16;  // side by side, with one fixed order of sums
 
 // One value per token, filled up to whole blocks. Kept from one draw to the next.
 struct Buffers {
-    std::vector<float> logits;   // adjusted; the filling is minus infinity
     std::vector<float> weights;  // probabilities, not normalised: the likeliest has 1
-    std::vector<float> maxima;   // of the logits of each block
     std::vector<float> sums;     // of the weights of each block
     std::vector<float> likelier_sums;
+    std::vector<std::pair<std::int32_t, float>> changed;
+    std::vector<std::int32_t> breaking;
 };
 
 Buffers& this_threads_buffers() {
@@ -35,38 +27,63 @@ Buffers& this_threads_buffers() {
     return buffers;
 }
 
-template <std::size_t n = n_lanes, typename Fold>
-float fold_lanes(float* lanes, Fold fold) {
+// Logits changed for one draw, and put back when it is done.
+class Adjusted {
+public:
+    Adjusted(Logits& logits, std::vector<std::pair<std::int32_t, float>>& changed)
+        : logits_(logits), changed_(changed) {
+        changed_.clear();
+    }
+    Adjusted(const Adjusted&) = delete;
+    Adjusted& operator=(const Adjusted&) = delete;
+    ~Adjusted() {
+        for (auto change = changed_.rbegin(); change != changed_.rend(); ++change)
+            logits_.values[static_cast<std::size_t>(change->first)] = change->second;
+        find_maxima();
+    }
+
+    float operator[](std::int32_t token) const {
+        return logits_.values[static_cast<std::size_t>(token)];
+    }
+    void set(std::int32_t token, float logit) {
+        changed_.emplace_back(token, (*this)[token]);
+        logits_.values[static_cast<std::size_t>(token)] = logit;
+    }
+    // Once all changes are made.
+    void find_maxima() {
+        std::size_t last = logits_.maxima.size();
+        for (const auto& [token, logit] : changed_) {
+            const std::size_t block = static_cast<std::size_t>(token) / logits_block;
+            if (block != last) logits_.find_maximum(block);
+            last = block;
+        }
+    }
+
+private:
+    Logits& logits_;
+    std::vector<std::pair<std::int32_t, float>>& changed_;
+};
+
+template <std::size_t n = n_lanes>
+float sum_of_lanes(float* lanes) {
     if constexpr (n == 1) {
         return lanes[0];
     } else {
         for (std::size_t k = 0; k < n / 2; ++k)
-            lanes[k] = fold(lanes[k], lanes[k + n / 2]);
-        return fold_lanes<n / 2>(lanes, fold);
+            lanes[k] += lanes[k + n / 2];
+        return sum_of_lanes<n / 2>(lanes);
     }
-}
-
-float larger(float a, float b) { return a > b ? a : b; }
-
-float block_max(const float* x) {
-    float lanes[n_lanes];
-    std::copy(x, x + n_lanes, lanes);
-    for (std::size_t i = n_lanes; i < block_tokens; i += n_lanes) {
-        for (std::size_t k = 0; k < n_lanes; ++k)
-            lanes[k] = larger(x[i + k], lanes[k]);
-    }
-    return fold_lanes(lanes, larger);
 }
 
 // The weights of a block for which keep(logit, weight) holds.
 template <typename Keep>
 float sum_where(const float* x, const float* weights, Keep keep) {
     float lanes[n_lanes] = {};
-    for (std::size_t i = 0; i < block_tokens; i += n_lanes) {
+    for (std::size_t i = 0; i < logits_block; i += n_lanes) {
         for (std::size_t k = 0; k < n_lanes; ++k)
             lanes[k] += keep(x[i + k], weights[i + k]) ? weights[i + k] : 0.0f;
     }
-    return fold_lanes(lanes, std::plus<>());
+    return sum_of_lanes(lanes);
 }
 
 float sum_all(const float* weights) {
@@ -80,26 +97,16 @@ double total(const std::vector<float>& sums) {
     return sum;
 }
 
-// Fills the logits up to whole blocks and finds the largest of each.
-void find_maxima(Buffers& buffers) {
-    std::vector<float>& logits = buffers.logits;
-    const std::size_t n_blocks = (logits.size() + block_tokens - 1) / block_tokens;
-    logits.resize(n_blocks * block_tokens, impossible);
-    buffers.maxima.resize(n_blocks);
-    for (std::size_t b = 0; b < n_blocks; ++b)
-        buffers.maxima[b] = block_max(&logits[b * block_tokens]);
-}
-
 // A logit that at least k tokens reach: the k-th largest of the maxima of blocks, or of smaller
 // pieces where there are not that many blocks.
-float bound_of_likeliest(const Buffers& buffers, std::size_t k) {
-    const std::vector<float>& logits = buffers.logits;
+float bound_of_likeliest(const Logits& all, std::size_t k) {
+    const std::vector<float>& logits = all.values;
     if (k == 0 || k >= logits.size()) return impossible;
-    std::size_t size = block_tokens;
+    std::size_t size = logits_block;
     while (logits.size() / size < k)
         size /= 2;
-    std::vector<float> maxima = buffers.maxima;
-    if (size < block_tokens) {
+    std::vector<float> maxima = all.maxima;
+    if (size < logits_block) {
         maxima.resize(logits.size() / size);
         for (std::size_t i = 0; i < maxima.size(); ++i)
             maxima[i] = *std::max_element(&logits[i * size], &logits[i * size] + size);
@@ -110,17 +117,17 @@ float bound_of_likeliest(const Buffers& buffers, std::size_t k) {
 }
 
 // The k likeliest tokens, fewer where fewer are possible, in order of their ids.
-std::vector<std::int32_t> find_likeliest(const Buffers& buffers, std::size_t k) {
-    const float bound = bound_of_likeliest(buffers, k);
+std::vector<std::int32_t> find_likeliest(const Logits& all, std::size_t k) {
+    const float bound = bound_of_likeliest(all, k);
     struct Candidate {
         std::int32_t token;
         float logit;
     };
     std::vector<Candidate> candidates;
-    for (std::size_t b = 0; b < buffers.maxima.size(); ++b) {
-        if (buffers.maxima[b] < bound) continue;
-        for (std::size_t i = b * block_tokens; i < (b + 1) * block_tokens; ++i) {
-            const float logit = buffers.logits[i];
+    for (std::size_t b = 0; b < all.maxima.size(); ++b) {
+        if (all.maxima[b] < bound) continue;
+        for (std::size_t i = b * logits_block; i < (b + 1) * logits_block; ++i) {
+            const float logit = all.values[i];
             if (logit < bound || logit == impossible) continue;
             candidates.push_back({static_cast<std::int32_t>(i), logit});
         }
@@ -155,41 +162,57 @@ void check_token(const char* name, std::int32_t token, std::int32_t vocab_size) 
     }
 }
 
-void adjust(std::vector<float>& adjusted, const std::vector<std::int32_t>& history,
+bool adjusts(const SamplingParams& params) {
+    return !params.logit_bias.empty() || !params.banned.empty() ||
+           params.repetition_penalty != 1.0f || params.presence_penalty != 0.0f ||
+           params.frequency_penalty != 0.0f;
+}
+
+void adjust(Adjusted& logits, const std::vector<std::int32_t>& history,
             const SamplingParams& params) {
-    const auto at = [](std::int32_t token) { return static_cast<std::size_t>(token); };
     for (const auto& [token, bias] : params.logit_bias)
-        adjusted[at(token)] += bias;
+        logits.set(token, logits[token] + bias);
     if (params.repetition_penalty != 1.0f) {
         std::vector<std::int32_t> seen = history;
         std::sort(seen.begin(), seen.end());
         seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
+        const float penalty = params.repetition_penalty;
         for (const std::int32_t token : seen) {
-            float& logit = adjusted[at(token)];
-            logit =
-                logit > 0 ? logit / params.repetition_penalty : logit * params.repetition_penalty;
+            const float logit = logits[token];
+            logits.set(token, logit > 0 ? logit / penalty : logit * penalty);
         }
     }
     if (params.presence_penalty != 0.0f || params.frequency_penalty != 0.0f) {
         std::unordered_map<std::int32_t, int> counts;
-        for (std::size_t i = at(params.n_prompt_tokens); i < history.size(); ++i)
+        for (auto i = static_cast<std::size_t>(params.n_prompt_tokens); i < history.size(); ++i)
             ++counts[history[i]];
         for (const auto& [token, count] : counts) {
-            adjusted[at(token)] -=
+            const float less =
                 params.presence_penalty + params.frequency_penalty * static_cast<float>(count);
+            logits.set(token, logits[token] - less);
         }
     }
     for (const std::int32_t token : params.banned)
-        adjusted[at(token)] = impossible;
+        logits.set(token, impossible);
+}
+
+// The likeliest token, the lowest id on ties, or -1 where none is possible.
+std::int32_t find_largest(const Logits& logits) {
+    const auto best = std::max_element(logits.maxima.begin(), logits.maxima.end());
+    if (best == logits.maxima.end() || *best == impossible) return -1;
+    const auto block = (best - logits.maxima.begin()) * static_cast<std::ptrdiff_t>(logits_block);
+    const auto begin = logits.values.begin();
+    return static_cast<std::int32_t>(std::find(begin + block, logits.values.end(), *best) - begin);
 }
 
 // Weights e^((logit - best) / temperature) of all tokens, and their sums.
-void weigh(const KernelTable& kernels, Buffers& buffers, float best, float temperature) {
+void weigh(const KernelTable& kernels, Buffers& buffers, const Logits& logits, float best,
+           float temperature) {
     // log2(e) / temperature, bounded, as 0 times infinity would be no number.
     const float scale = std::min(1.44269504f / temperature, std::numeric_limits<float>::max());
-    buffers.weights.resize(buffers.logits.size());
-    buffers.sums.resize(buffers.maxima.size());
-    kernels.weigh(buffers.weights.data(), buffers.sums.data(), buffers.logits.data(),
+    buffers.weights.resize(logits.values.size());
+    buffers.sums.resize(logits.maxima.size());
+    kernels.weigh(buffers.weights.data(), buffers.sums.data(), logits.values.data(),
                   static_cast<std::int64_t>(buffers.sums.size()), best, scale);
 }
 
@@ -197,7 +220,7 @@ void drop_below(Buffers& buffers, float least) {
     for (float& weight : buffers.weights)
         weight = weight >= least ? weight : 0.0f;
     for (std::size_t b = 0; b < buffers.sums.size(); ++b)
-        buffers.sums[b] = sum_all(&buffers.weights[b * block_tokens]);
+        buffers.sums[b] = sum_all(&buffers.weights[b * logits_block]);
 }
 
 // Where `left`, in [0, total), falls when the weights are laid end to end.
@@ -209,8 +232,8 @@ std::size_t locate(const Buffers& buffers, double left) {
         if (left < static_cast<double>(buffers.sums[b])) break;
         left -= static_cast<double>(buffers.sums[b]);
     }
-    std::size_t found = block * block_tokens;
-    for (std::size_t i = found; i < (block + 1) * block_tokens; ++i) {
+    std::size_t found = block * logits_block;
+    for (std::size_t i = found; i < (block + 1) * logits_block; ++i) {
         if (buffers.weights[i] == 0.0f) continue;
         found = i;  // stays, where rounding leaves more than the block has
         if (left < static_cast<double>(buffers.weights[i])) break;
@@ -220,32 +243,32 @@ std::size_t locate(const Buffers& buffers, double left) {
 }
 
 // Sums the weights of what is likelier than token `i`: a larger logit, or the same and a lower id.
-double sum_likelier(Buffers& buffers, std::size_t i) {
-    const float logit = buffers.logits[i];
-    const std::size_t own = i / block_tokens;
+double sum_likelier(Buffers& buffers, const Logits& logits, std::size_t i) {
+    const float logit = logits.values[i];
+    const std::size_t own = i / logits_block;
     buffers.likelier_sums.assign(buffers.sums.size(), 0.0f);
     for (std::size_t b = 0; b < buffers.sums.size(); ++b) {
-        if (buffers.maxima[b] < logit) continue;
-        const float* x = &buffers.logits[b * block_tokens];
-        const float* weights = &buffers.weights[b * block_tokens];
+        if (logits.maxima[b] < logit) continue;
+        const float* x = &logits.values[b * logits_block];
+        const float* weights = &buffers.weights[b * logits_block];
         float& sum = buffers.likelier_sums[b];
         if (b < own) {
             sum = sum_where(x, weights, [logit](float other, float) { return other >= logit; });
         } else {
             sum = sum_where(x, weights, [logit](float other, float) { return other > logit; });
         }
-        for (std::size_t k = 0; b == own && k < i % block_tokens; ++k)
+        for (std::size_t k = 0; b == own && k < i % logits_block; ++k)
             sum += x[k] == logit ? weights[k] : 0.0f;
     }
     return total(buffers.likelier_sums);
 }
 
-void keep_likelier(Buffers& buffers, std::size_t i) {
-    const float logit = buffers.logits[i];
+void keep_likelier(Buffers& buffers, const Logits& logits, std::size_t i) {
+    const float* const x = logits.values.data();
     for (std::size_t k = 0; k < i; ++k)
-        buffers.weights[k] = buffers.logits[k] >= logit ? buffers.weights[k] : 0.0f;
+        buffers.weights[k] = x[k] >= x[i] ? buffers.weights[k] : 0.0f;
     for (std::size_t k = i; k < buffers.weights.size(); ++k)
-        buffers.weights[k] = buffers.logits[k] > logit ? buffers.weights[k] : 0.0f;
+        buffers.weights[k] = x[k] > x[i] ? buffers.weights[k] : 0.0f;
     buffers.sums.swap(buffers.likelier_sums);
 }
 
@@ -254,14 +277,31 @@ void keep_likelier(Buffers& buffers, std::size_t i) {
 // that is not is dropped with all below it, and the draw repeated among the rest, which is
 // 1 + ln(1 / top_p) draws on average at most.
 // `left` is the sum of all weights.
-std::size_t draw_from_nucleus(Buffers& buffers, double left, double enough, RandomState& random) {
+std::size_t draw_from_nucleus(Buffers& buffers, const Logits& logits, double left, double enough,
+                              RandomState& random) {
     while (true) {
         const std::size_t i = locate(buffers, random.next_uniform() * left);
-        const double likelier = sum_likelier(buffers, i);
+        const double likelier = sum_likelier(buffers, logits, i);
         if (likelier < enough) return i;
-        keep_likelier(buffers, i);
+        keep_likelier(buffers, logits, i);
         left = likelier;
     }
+}
+
+// By temperature, min_p and top_p.
+std::size_t draw(const KernelTable& kernels, Buffers& buffers, const Logits& logits,
+                 const SamplingParams& params, RandomState& random) {
+    const float most = *std::max_element(logits.maxima.begin(), logits.maxima.end());
+    weigh(kernels, buffers, logits, most, params.temperature);
+    const double weight = total(buffers.sums);
+    double left = weight;
+    if (params.min_p > 0.0f) {
+        drop_below(buffers, params.min_p);
+        left = total(buffers.sums);
+    }
+    if (params.top_p == 1.0f) return locate(buffers, random.next_uniform() * left);
+    const double enough = static_cast<double>(params.top_p) * weight;
+    return draw_from_nucleus(buffers, logits, left, enough, random);
 }
 
 }  // namespace
@@ -298,77 +338,64 @@ double RandomState::next_uniform() {
     return static_cast<double>(z >> 11) * 0x1.0p-53;
 }
 
-std::int32_t sample(const KernelTable& kernels, const std::vector<float>& logits,
+std::int32_t sample(const KernelTable& kernels, Logits& logits,
                     const std::vector<std::int32_t>& history, const SamplingParams& params,
                     RandomState& random, const StreamDecoder* text) {
+    const bool greedy = params.temperature == 0.0f || params.top_k == 1 || params.top_p == 0.0f;
+    if (greedy && !adjusts(params)) {
+        const std::int32_t token = find_largest(logits);
+        if (token >= 0 && (text == nullptr || text->keeps_whole(token))) return token;
+    }
     Buffers& buffers = this_threads_buffers();
-    buffers.logits = logits;
-    adjust(buffers.logits, history, params);
-    if (text != nullptr) text->keep_whole(&buffers.logits);
-    find_maxima(buffers);
-    const auto best = std::max_element(buffers.maxima.begin(), buffers.maxima.end());
-    if (best == buffers.maxima.end() || !std::isfinite(*best)) {
+    Adjusted adjusted(logits, buffers.changed);
+    adjust(adjusted, history, params);
+    if (text != nullptr) {
+        text->find_breaking(logits.values.data(), &buffers.breaking);
+        for (const std::int32_t token : buffers.breaking)
+            adjusted.set(token, impossible);
+    }
+    adjusted.find_maxima();
+    const std::int32_t best = find_largest(logits);
+    if (best < 0 || !std::isfinite(adjusted[best])) {
         throw Error(Status::invalid_argument, "no token is left to draw: all of them are banned");
     }
-    const float most = *best;
-    if (params.temperature == 0.0f || params.top_k == 1 || params.top_p == 0.0f) {
-        const auto block =
-            (best - buffers.maxima.begin()) * static_cast<std::ptrdiff_t>(block_tokens);
-        const auto begin = buffers.logits.begin();
-        return static_cast<std::int32_t>(std::find(begin + block, buffers.logits.end(), most) -
-                                         begin);
-    }
-    std::vector<std::int32_t> tokens;  // of the logits that are left, when not all are
+    if (greedy) return best;
     const auto k = static_cast<std::size_t>(params.top_k);
-    if (k > 0 && k < logits.size()) {
-        tokens = find_likeliest(buffers, k);
-        for (std::size_t i = 0; i < tokens.size(); ++i)  // ids rise: none is overwritten too early
-            buffers.logits[i] = buffers.logits[static_cast<std::size_t>(tokens[i])];
-        buffers.logits.resize(tokens.size());
-        find_maxima(buffers);
+    if (k == 0 || k >= logits.values.size()) {
+        return static_cast<std::int32_t>(draw(kernels, buffers, logits, params, random));
     }
-    weigh(kernels, buffers, most, params.temperature);
-    const double weight = total(buffers.sums);
-    double left = weight;
-    if (params.min_p > 0.0f) {
-        drop_below(buffers, params.min_p);
-        left = total(buffers.sums);
-    }
-    const std::size_t drawn =
-        params.top_p < 1.0f
-            ? draw_from_nucleus(buffers, left, static_cast<double>(params.top_p) * weight, random)
-            : locate(buffers, random.next_uniform() * left);
-    return tokens.empty() ? static_cast<std::int32_t>(drawn) : tokens[drawn];
+    const std::vector<std::int32_t> tokens = find_likeliest(logits, k);
+    Logits few;
+    few.resize(tokens.size());
+    for (std::size_t i = 0; i < tokens.size(); ++i)
+        few.values[i] = adjusted[tokens[i]];
+    few.find_maxima();
+    return tokens[draw(kernels, buffers, few, params, random)];
 }
 
-double log_probability(const KernelTable& kernels, const float* logits, std::int32_t vocab_size,
-                       std::int32_t token) {
+double log_probability(const KernelTable& kernels, const Logits& logits, std::int32_t token) {
     Buffers& buffers = this_threads_buffers();
-    buffers.logits.assign(logits, logits + vocab_size);
-    find_maxima(buffers);
-    const float most = *std::max_element(buffers.maxima.begin(), buffers.maxima.end());
-    weigh(kernels, buffers, most, 1.0f);
-    return static_cast<double>(logits[token]) - static_cast<double>(most) -
-           std::log(total(buffers.sums));
+    const float most = *std::max_element(logits.maxima.begin(), logits.maxima.end());
+    weigh(kernels, buffers, logits, most, 1.0f);
+    const float logit = logits.values[static_cast<std::size_t>(token)];
+    return static_cast<double>(logit) - static_cast<double>(most) - std::log(total(buffers.sums));
 }
 
 std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const KernelTable& kernels,
-                                                                   const std::vector<float>& logits,
+                                                                   const Logits& logits,
                                                                    std::int32_t n) {
-    Buffers& buffers = this_threads_buffers();
-    buffers.logits = logits;
-    find_maxima(buffers);
     std::vector<std::pair<std::int32_t, double>> result;
-    const auto vocab_size = static_cast<std::int32_t>(logits.size());
     const auto count = static_cast<std::size_t>(std::max(n, 0));
-    for (const std::int32_t token : find_likeliest(buffers, count))
+    for (const std::int32_t token : find_likeliest(logits, count))
         result.emplace_back(token, 0.0);
     if (result.empty()) return result;
-    const auto logit = [&](std::int32_t token) { return logits[static_cast<std::size_t>(token)]; };
+    const auto logit = [&](std::int32_t token) {
+        return logits.values[static_cast<std::size_t>(token)];
+    };
     std::stable_sort(result.begin(), result.end(),
                      [&](const auto& a, const auto& b) { return logit(a.first) > logit(b.first); });
     const std::int32_t first = result[0].first;
-    const double best = log_probability(kernels, logits.data(), vocab_size, first);
+    const double best = log_probability(kernels, logits, first);
     for (auto& [token, probability] : result) {
         probability =
             best + (static_cast<double>(logit(token)) - static_cast<double>(logit(first)));

@@ -5,9 +5,10 @@
 #include <utility>
 #include <vector>
 
+#include "logits.h"
+
 namespace tinyllama {
 
-struct KernelTable;
 class StreamDecoder;
 
 struct SamplingParams {
@@ -34,23 +35,22 @@ struct RandomState {
     double next_uniform();  // in [0, 1), 53 bits
 };
 
-// Draws a token from logits (vocab_size), all finite. Order: logit_bias, banned, penalties,
-// temperature, top-k, top-p, min-p, each on what the one before left, as transformers does.
-// Probabilities are computed to about 3e-7; what is less likely than 1e-38 times the likeliest is
-// never drawn. `history` is the whole timeline. With `text`, which shows what was generated so far,
-// tokens that would break a character are never drawn. Throws Error(invalid_argument) when no token
-// is left.
-std::int32_t sample(const KernelTable& kernels, const std::vector<float>& logits,
+// Draws a token from logits, all finite; they are changed and put back. Order: logit_bias, banned,
+// penalties, temperature, top-k, top-p, min-p, each on what the one before left, as transformers
+// does. Probabilities are computed to about 3e-7; what is less likely than 1e-38 times the
+// likeliest is never drawn. `history` is the whole timeline. With `text`, which shows what was
+// generated so far, tokens that would break a character are never drawn. Throws
+// Error(invalid_argument) when no token is left.
+std::int32_t sample(const KernelTable& kernels, Logits& logits,
                     const std::vector<std::int32_t>& history, const SamplingParams& params,
                     RandomState& random, const StreamDecoder* text = nullptr);
 
 // Natural logarithm of a token's probability under softmax(logits).
-double log_probability(const KernelTable& kernels, const float* logits, std::int32_t vocab_size,
-                       std::int32_t token);
+double log_probability(const KernelTable& kernels, const Logits& logits, std::int32_t token);
 
 // The n most likely tokens and their log-probabilities, best first, lowest id first on ties.
 std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const KernelTable& kernels,
-                                                                   const std::vector<float>& logits,
+                                                                   const Logits& logits,
                                                                    std::int32_t n);
 
 }  // namespace tinyllama

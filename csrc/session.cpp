@@ -143,7 +143,7 @@ std::int32_t Session::n_tokens() {
 std::vector<float> Session::logits() {
     const SessionLock lock(*this);
     compute_missing_logits();
-    return logits_;
+    return {logits_.values.begin(), logits_.values.begin() + model_->config().vocab_size};
 }
 
 std::int32_t Session::sample(const SamplingParams& params, const StreamDecoder* text) {
@@ -162,7 +162,7 @@ double Session::log_probability(std::int32_t token) {
                                                   " tokens");
     }
     compute_missing_logits();
-    return tinyllama::log_probability(model_->kernels(), logits_.data(), vocab_size, token);
+    return tinyllama::log_probability(model_->kernels(), logits_, token);
 }
 
 std::vector<std::pair<std::int32_t, double>> Session::top_log_probabilities(std::int32_t n) {
@@ -181,8 +181,8 @@ void Session::compute_missing_logits() {
     BorrowedWorkspace workspace(*model_);
     const auto pos = static_cast<std::int32_t>(tokens_.size()) - 1;
     cache_.reserve(pos, pos + 1);
-    const Row row{&cache_, pos, tokens_.back(), logits_.data()};
-    if (!forward(*model_, {row}, *workspace)) refuse_nonfinite(*model_, logits_.data(), pos);
+    const Row row{&cache_, pos, tokens_.back(), logits_.values.data(), logits_.maxima.data()};
+    if (!forward(*model_, {row}, *workspace)) refuse_nonfinite(*model_, row.logits, pos);
     logits_valid_ = true;
 }
 
@@ -231,14 +231,14 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
                                static_cast<std::int32_t>(n_before + feed.tokens.size));
         session.logits_.resize(vocab_size);
         for (std::size_t i = 0; i < feed.tokens.size; ++i) {
-            float* logits = nullptr;
-            if (feed.all_logits != nullptr) {
-                logits = feed.all_logits + i * vocab_size;
-            } else if (i + 1 == feed.tokens.size) {
-                logits = session.logits_.data();
-            }
             rows.push_back({&session.cache_, static_cast<std::int32_t>(n_before + i),
-                            feed.tokens.data[i], logits});
+                            feed.tokens.data[i], nullptr});
+            if (feed.all_logits != nullptr) {
+                rows.back().logits = feed.all_logits + i * vocab_size;
+            } else if (i + 1 == feed.tokens.size) {
+                rows.back().logits = session.logits_.values.data();
+                rows.back().maxima = session.logits_.maxima.data();
+            }
             session.tokens_.push_back(feed.tokens.data[i]);
             if (rows.size() == max_rows) {
                 flush();
@@ -251,7 +251,8 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
         if (feed.tokens.size == 0) continue;
         if (feed.all_logits != nullptr) {
             const float* last = feed.all_logits + (feed.tokens.size - 1) * vocab_size;
-            std::copy(last, last + vocab_size, feed.session->logits_.begin());
+            std::copy(last, last + vocab_size, feed.session->logits_.values.begin());
+            feed.session->logits_.find_maxima();
         }
         feed.session->logits_valid_ = true;
     }
@@ -282,18 +283,17 @@ std::vector<double> score(Session& session, const std::vector<std::int32_t>& tok
                           const std::function<void()>& between_chunks) {
     const std::int32_t vocab_size = session.model().config().vocab_size;
     const KernelTable& kernels = session.model().kernels();
+    const auto n_logits = static_cast<std::size_t>(vocab_size);
     std::vector<double> scores(tokens.size(), std::numeric_limits<double>::quiet_NaN());
     if (tokens.empty()) return scores;
     const std::int32_t n_before = session.n_tokens();
-    if (n_before > 0) {
-        const std::vector<float> logits = session.logits();
-        if (tokens[0] >= 0 && tokens[0] < vocab_size) {
-            scores[0] = log_probability(kernels, logits.data(), vocab_size, tokens[0]);
-        }
+    if (n_before > 0 && tokens[0] >= 0 && tokens[0] < vocab_size) {
+        scores[0] = session.log_probability(tokens[0]);
     }
     check_tokens({&session, tokens, nullptr}, static_cast<std::size_t>(n_before));
-    std::vector<float> logits(std::min(tokens.size(), max_rows) *
-                              static_cast<std::size_t>(vocab_size));
+    std::vector<float> logits(std::min(tokens.size(), max_rows) * n_logits);
+    Logits one;
+    one.resize(n_logits);
     try {
         for (std::size_t begin = 0; begin < tokens.size(); begin += max_rows) {
             const std::size_t end = std::min(tokens.size(), begin + max_rows);
@@ -303,9 +303,10 @@ std::vector<double> score(Session& session, const std::vector<std::int32_t>& tok
             const std::vector<std::int32_t> chunk(at(begin), at(end));
             feed({{&session, chunk, logits.data()}}, between_chunks);
             for (std::size_t i = begin + 1; i < std::min(tokens.size(), end + 1); ++i) {
-                const float* row =
-                    logits.data() + (i - 1 - begin) * static_cast<std::size_t>(vocab_size);
-                scores[i] = log_probability(kernels, row, vocab_size, tokens[i]);
+                const float* row = logits.data() + (i - 1 - begin) * n_logits;
+                std::copy(row, row + n_logits, one.values.begin());
+                one.find_maxima();
+                scores[i] = log_probability(kernels, one, tokens[i]);
             }
             between_chunks();
         }

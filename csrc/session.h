@@ -52,7 +52,7 @@ private:
     std::shared_ptr<const Model> model_;
     std::vector<std::int32_t> tokens_;
     KvCache cache_;
-    std::vector<float> logits_;
+    Logits logits_;
     bool logits_valid_ = false;  // false after a rewind, until the last token is computed again
     RandomState random_;
     std::atomic<bool> in_use_{false};

@@ -402,30 +402,32 @@ std::string StreamDecoder::push(std::int32_t token) {
 
 std::string StreamDecoder::finish() { return take(true); }
 
-void StreamDecoder::keep_whole(std::vector<float>* logits) const {
-    constexpr float never = -std::numeric_limits<float>::infinity();
-    const auto at = [logits](std::int32_t token) -> float& {
-        return (*logits)[static_cast<std::size_t>(token)];
+bool StreamDecoder::keeps_whole(std::int32_t token) const {
+    const auto contains = [token](const std::vector<std::int32_t>& tokens) {
+        return std::binary_search(tokens.begin(), tokens.end(), token);
     };
-    std::vector<std::pair<std::int32_t, float>> put_back;
-    if (pending_.empty()) {
-        for (const std::int32_t token : tokenizer_->breaking()) {
-            put_back.emplace_back(token, at(token));
-            at(token) = never;
+    if (pending_.empty()) return !contains(tokenizer_->breaking());
+    return contains(tokenizer_->continuing()) &&
+           begins_utf8(pending_ + tokenizer_->token_bytes(token));
+}
+
+void StreamDecoder::find_breaking(const float* logits, std::vector<std::int32_t>* breaking) const {
+    constexpr float never = -std::numeric_limits<float>::infinity();
+    breaking->clear();
+    if (pending_.empty()) *breaking = tokenizer_->breaking();
+    auto next = breaking->begin();
+    bool one_is_left = false;
+    for (std::int32_t token = 0; token < tokenizer_->vocab_size(); ++token) {
+        if (!pending_.empty() && !keeps_whole(token)) {
+            breaking->push_back(token);
+        } else if (pending_.empty() && next != breaking->end() && *next == token) {
+            ++next;
+        } else {
+            one_is_left = one_is_left || logits[token] > never;
+            if (pending_.empty() && one_is_left) return;
         }
-        const auto possible = [](float logit) { return logit > never; };
-        if (std::any_of(logits->begin(), logits->end(), possible)) return;
-    } else {
-        for (const std::int32_t token : tokenizer_->continuing()) {
-            if (at(token) > never && begins_utf8(pending_ + tokenizer_->token_bytes(token))) {
-                put_back.emplace_back(token, at(token));
-            }
-        }
-        if (put_back.empty()) return;
-        std::fill(logits->begin(), logits->end(), never);
     }
-    for (const auto& [token, logit] : put_back)
-        at(token) = logit;
+    if (!one_is_left) breaking->clear();
 }
 
 // Whole characters from the front of what is pending; all of it when it is the last.

@@ -108,9 +108,11 @@ public:
     std::string push(std::int32_t token);
     // What is left: an unfinished character becomes U+FFFD.
     std::string finish();
-    // Puts minus infinity in place of the logits (vocab_size) of tokens after which the text could
-    // not be whole characters any more. Does nothing where no other token could be drawn.
-    void keep_whole(std::vector<float>* logits) const;
+    // Whether the text can still become whole characters after this token.
+    bool keeps_whole(std::int32_t token) const;
+    // All tokens for which it cannot; none where no other could be drawn, because its logit is
+    // minus infinity.
+    void find_breaking(const float* logits, std::vector<std::int32_t>* breaking) const;
 
 private:
     std::string take(bool last);

@@ -1,0 +1,62 @@
+// The scores of all tokens, in blocks of 64.
+#pragma once
+
+#include <cstddef>
+#include <limits>
+#include <vector>
+
+#include "kernels/kernel_table.h"
+
+namespace tinyllama {
+
+constexpr auto logits_block = static_cast<std::size_t>(weigh_block);
+constexpr float impossible = -std::numeric_limits<float>::infinity();
+
+inline float larger(float a, float b) { return a > b ? a : b; }
+
+// Of n floats, n > 0. Whole blocks go as 16 lanes side by side: plain loops that compilers turn
+// into vectors of any width.
+inline float largest_of(const float* x, std::size_t n) {
+    constexpr std::size_t n_lanes = 16;
+    float lanes[n_lanes];
+    if (n != logits_block) {
+        float most = x[0];
+        for (std::size_t i = 1; i < n; ++i)
+            most = larger(x[i], most);
+        return most;
+    }
+    for (std::size_t k = 0; k < n_lanes; ++k)
+        lanes[k] = x[k];
+    for (std::size_t i = n_lanes; i < logits_block; i += n_lanes) {
+        for (std::size_t k = 0; k < n_lanes; ++k)
+            lanes[k] = larger(x[i + k], lanes[k]);
+    }
+    for (std::size_t half = n_lanes / 2; half > 0; half /= 2) {
+        for (std::size_t k = 0; k < half; ++k)
+            lanes[k] = larger(lanes[k], lanes[k + half]);
+    }
+    return lanes[0];
+}
+
+// `values` is filled up to whole blocks with minus infinity; `maxima` has the largest of each.
+struct Logits {
+    std::vector<float> values;
+    std::vector<float> maxima;
+
+    void resize(std::size_t n_tokens) {
+        maxima.resize((n_tokens + logits_block - 1) / logits_block);
+        values.resize(n_tokens);
+        values.resize(maxima.size() * logits_block, impossible);
+    }
+
+    void find_maximum(std::size_t block) {
+        maxima[block] = largest_of(&values[block * logits_block], logits_block);
+    }
+
+    void find_maxima() {
+        for (std::size_t block = 0; block < maxima.size(); ++block)
+            find_maximum(block);
+    }
+};
+
+}  // namespace tinyllama
