@@ -15,10 +15,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
-#include <cstring>
 #include <initializer_list>
 
-#include "logits.h"
 #include "packing.h"
 #include "parallel.h"
 
@@ -201,7 +199,7 @@ private:
         const Range mine{blocks.begin * block_panels, std::min(blocks.end * block_panels, n_all)};
         const std::int64_t width = head_panels * panel_rows;
         float* tile = ws_.logits.data() + team.thread() * n * width;
-        std::uint32_t seen = 0;
+        std::int32_t largest = 0;
         for (std::int64_t panel = mine.begin; panel < mine.end; panel += head_panels) {
             const Range some{panel, std::min(panel + head_panels, mine.end)};
             const std::int64_t begin = panel * panel_rows;
@@ -210,41 +208,18 @@ private:
             matmul(head, h, {tile - begin, width, false}, n, some);
             for (std::int64_t i = 0; i < n; ++i) {
                 const Row& row = at(wanted_[static_cast<std::size_t>(i)]);
-                seen |= hand_out(row, begin, tile + i * width, end - begin);
+                float* const maxima =
+                    row.maxima == nullptr ? nullptr : row.maxima + begin / weigh_block;
+                largest = std::max(largest, k_.hand_out(row.logits + begin, maxima,
+                                                        tile + i * width, end - begin));
             }
         }
-        if (seen >= 0x80000000u) all_finite_.store(false, std::memory_order_relaxed);
+        if (largest >= 0x7f800000) all_finite_.store(false, std::memory_order_relaxed);
         if (tap_ == nullptr) return;
         std::vector<float> logits;
         for (const std::int64_t row : wanted_)
             logits.insert(logits.end(), at(row).logits, at(row).logits + c_.vocab_size);
         show("logits", logits, c_.vocab_size);
-    }
-
-    // Logits [begin, begin + n) of a row. Bit 31 of the result: some number has an exponent of all
-    // ones, which NaN and infinity have.
-    static std::uint32_t hand_out(const Row& row, std::int64_t begin, const float* from,
-                                  std::int64_t n) {
-        std::uint32_t seen = 0;
-        for (std::int64_t i = 0; i < n; i += weigh_block) {
-            const std::int64_t some = std::min(weigh_block, n - i);
-            seen |= copy(row.logits + begin + i, from + i, some);
-            if (row.maxima == nullptr) continue;
-            row.maxima[(begin + i) / weigh_block] =
-                largest_of(from + i, static_cast<std::size_t>(some));
-        }
-        return seen;
-    }
-
-    static std::uint32_t copy(float* to, const float* from, std::int64_t n) {
-        std::uint32_t seen = 0;
-        for (std::int64_t i = 0; i < n; ++i) {
-            std::uint32_t bits;
-            std::memcpy(&bits, from + i, sizeof(bits));
-            std::memcpy(to + i, &bits, sizeof(bits));
-            seen |= (bits & 0x7fffffffu) + 0x00800000u;
-        }
-        return seen;
     }
 
     // What a product reads: rows of floats, and the forms of them that its weights ask for.

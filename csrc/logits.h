@@ -14,17 +14,10 @@ constexpr float impossible = -std::numeric_limits<float>::infinity();
 
 inline float larger(float a, float b) { return a > b ? a : b; }
 
-// Of n floats, n > 0. Whole blocks go as 16 lanes side by side: plain loops that compilers turn
-// into vectors of any width.
-inline float largest_of(const float* x, std::size_t n) {
+// As 16 lanes side by side: plain loops that compilers turn into vectors of any width.
+inline float largest_of_block(const float* x) {
     constexpr std::size_t n_lanes = 16;
     float lanes[n_lanes];
-    if (n != logits_block) {
-        float most = x[0];
-        for (std::size_t i = 1; i < n; ++i)
-            most = larger(x[i], most);
-        return most;
-    }
     for (std::size_t k = 0; k < n_lanes; ++k)
         lanes[k] = x[k];
     for (std::size_t i = n_lanes; i < logits_block; i += n_lanes) {
@@ -50,7 +43,7 @@ struct Logits {
     }
 
     void find_maximum(std::size_t block) {
-        maxima[block] = largest_of(&values[block * logits_block], logits_block);
+        maxima[block] = largest_of_block(&values[block * logits_block]);
     }
 
     void find_maxima() {

@@ -110,6 +110,9 @@ struct KernelTable {
     // out = silu(gate) * up (Shazeer, arXiv 2002.05202); out may be gate.
     void (*swiglu)(float* out, const float* gate, const float* up, int64_t n);
 
+    // Copies n logits; maxima[i] = the largest of each 64 of them, unless it is null. Returns the
+    // bits of the largest magnitude: from 0x7f800000 on, one of them is no finite number.
+    int32_t (*hand_out)(float* to, float* maxima, const float* from, int64_t n);
     // Softmax of n_blocks blocks of 64, not normalised: weights = 2^((x - best) * scale) for x up
     // to best, to about 2e-7 of it, and 0 where that is below 2^-126; sums are of each block: lane
     // i of 16 adds elements i, i + 16, i + 32, i + 48, then lane i with i + 8, i + 4, i + 2, i + 1.

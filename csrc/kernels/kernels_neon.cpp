@@ -16,8 +16,9 @@ namespace {
 }  // namespace
 
 const KernelTable kernels_neon = {
-    "neon",     matmul_f32, matmul_bf16, matmul_q8_0, matmul_q4_0, quantize_q8, regroup_q8_0,
-    round_bf16, rms_norm,   rope,        swiglu,      weigh,       store_kv,    attend,
+    "neon",      matmul_f32,   matmul_bf16, matmul_q8_0, matmul_q4_0,
+    quantize_q8, regroup_q8_0, round_bf16,  rms_norm,    rope,
+    swiglu,      hand_out,     weigh,       store_kv,    attend,
 };
 
 }  // namespace tinyllama
