@@ -20,13 +20,13 @@ WORKER = Path(__file__).with_name("worker.py")
 @dataclass(frozen=True)
 class Entrant:
     """An engine with one kind of weights. ``kind``: those of ours with as many bits; ``options``:
-    what the worker is told about the weights; ``only``: the one case it takes part in."""
+    what the worker is told about the weights; ``only``: the cases it takes part in, if not all."""
 
     engine: str
     file: str
     kind: str
     options: str = ""
-    only: str = ""
+    only: tuple[str, ...] = ()
     python: str = sys.executable
 
     @property
@@ -35,19 +35,20 @@ class Entrant:
 
     def takes_part(self, case: str) -> bool:
         if case == "avx2":
-            return self.only == "avx2" or (self.engine == "tinyllama" and not self.only)
-        return self.only in ("", case)
+            return "avx2" in self.only or (self.engine == "tinyllama" and not self.only)
+        return not self.only or case in self.only
 
 
 def entrants() -> list[Entrant]:
     everybody = [Entrant("tinyllama", kind, kind) for kind in ALL]
     for kind in ALL:
         for cache in ("bf16", "int8"):
-            everybody.append(Entrant("tinyllama", kind, kind, f",kv_dtype={cache}", "growth"))
-        everybody.append(Entrant("tinyllama", kind, kind, ",isa=avx2", "avx2"))
+            long_cases = ("growth", "streams", "prompt")
+            everybody.append(Entrant("tinyllama", kind, kind, f",kv_dtype={cache}", long_cases))
+        everybody.append(Entrant("tinyllama", kind, kind, ",isa=avx2", ("avx2",)))
         python = os.environ.get("LLAMA_CPP_AVX2_PYTHON")
         if python:
-            everybody.append(Entrant("llama.cpp", kind, kind, ",avx2", "avx2", python))
+            everybody.append(Entrant("llama.cpp", kind, kind, ",avx2", ("avx2",), python))
     peers = {
         "llama.cpp": {kind: kind for kind in ALL} | {"f16": "bf16"},
         "ctranslate2": {"float32": "f32", "int8": "q8_0"},

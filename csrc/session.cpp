@@ -12,7 +12,7 @@
 namespace tinyllama {
 
 // Rows computed together: enough to read each weight once for many, small enough for the caches.
-constexpr std::size_t max_rows = 128;
+constexpr std::size_t max_rows = 256;
 
 // Sessions are used by one thread at a time; a second one gets an error, not corruption.
 class SessionLock {
