@@ -19,14 +19,11 @@ inline void transpose_4x4(const std::uint8_t* const* rows, std::int64_t word, st
     for (int i = 0; i < 4; ++i) {
         if (rows[i] != nullptr) std::memcpy(&r[i], rows[i] + word * word_bytes, sizeof(r[i]));
     }
-    const Words low01 = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5);
-    const Words low23 = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
-    const Words high01 = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7);
-    const Words high23 = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
-    const Words columns[4] = {__builtin_shufflevector(low01, low23, 0, 1, 4, 5),
-                              __builtin_shufflevector(low01, low23, 2, 3, 6, 7),
-                              __builtin_shufflevector(high01, high23, 0, 1, 4, 5),
-                              __builtin_shufflevector(high01, high23, 2, 3, 6, 7)};
+    // Compilers make shuffles of these.
+    const Words columns[4] = {{r[0][0], r[1][0], r[2][0], r[3][0]},
+                              {r[0][1], r[1][1], r[2][1], r[3][1]},
+                              {r[0][2], r[1][2], r[2][2], r[3][2]},
+                              {r[0][3], r[1][3], r[2][3], r[3][3]}};
     for (int i = 0; i < 4; ++i) {
         std::memcpy(out + (word + i) * line_bytes, &columns[i], sizeof(columns[i]));
     }

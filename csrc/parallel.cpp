@@ -76,7 +76,8 @@ public:
         if (mine < 0 || mine >= n_cores || take(mine)) return;
         cpu_set_t allowed;
         if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
-        for (int core = 0; core < n_cores; ++core) {
+        for (int i = 1; i < n_cores; ++i) {
+            const int core = (mine + i) % n_cores;
             if (!CPU_ISSET(static_cast<std::size_t>(core), &allowed) || !take(core)) continue;
             cpu_set_t there;
             CPU_ZERO(&there);

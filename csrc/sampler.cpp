@@ -385,10 +385,9 @@ std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const KernelT
                                                                    const Logits& logits,
                                                                    std::int32_t n) {
     std::vector<std::pair<std::int32_t, double>> result;
-    const auto count = static_cast<std::size_t>(std::max(n, 0));
-    for (const std::int32_t token : find_likeliest(logits, count))
+    if (n <= 0) return result;
+    for (const std::int32_t token : find_likeliest(logits, static_cast<std::size_t>(n)))
         result.emplace_back(token, 0.0);
-    if (result.empty()) return result;
     const auto logit = [&](std::int32_t token) {
         return logits.values[static_cast<std::size_t>(token)];
     };

@@ -128,7 +128,7 @@ private:
 };
 
 Session::Session(std::shared_ptr<const Model> model, std::uint64_t seed)
-    : model_(std::move(model)), cache_(model_->kv_layout()), random_{seed, 0} {}
+    : model_(std::move(model)), cache_(model_->kv_layout(), model_->kv_pool()), random_{seed, 0} {}
 
 std::vector<std::int32_t> Session::tokens() {
     const SessionLock lock(*this);
@@ -146,8 +146,10 @@ std::vector<float> Session::logits() {
     return {logits_.values.begin(), logits_.values.begin() + model_->config().vocab_size};
 }
 
-std::int32_t Session::sample(const SamplingParams& params, const StreamDecoder* text) {
+std::int32_t Session::sample(const SamplingParams& params, const StreamDecoder* text,
+                             RandomState* before) {
     const SessionLock lock(*this);
+    if (before != nullptr) *before = random_;
     validate(params, model_->config().vocab_size);
     compute_missing_logits();
     return tinyllama::sample(model_->kernels(), logits_, tokens_, params, random_, text);
@@ -268,14 +270,18 @@ void sample_each(std::vector<Draw>& draws) {
         for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
             Draw& draw = draws[i];
             try {
-                draw.token = draw.session->sample(*draw.params, draw.text);
+                draw.token = draw.session->sample(*draw.params, draw.text, &draw.before);
             } catch (...) {
                 draw.error = std::current_exception();
             }
         }
     });
-    for (const Draw& draw : draws) {
-        if (draw.error != nullptr) std::rethrow_exception(draw.error);
+    for (const Draw& failed : draws) {
+        if (failed.error == nullptr) continue;
+        for (const Draw& draw : draws) {
+            if (draw.error == nullptr) draw.session->random_ = draw.before;
+        }
+        std::rethrow_exception(failed.error);
     }
 }
 

@@ -16,6 +16,7 @@
 
 namespace tinyllama {
 
+struct Draw;
 struct Feed;
 
 class Session {
@@ -29,8 +30,10 @@ public:
 
     // Logits (vocab_size) after the last token. Throws Error(invalid_argument) when there is none.
     std::vector<float> logits();
-    // Draws the next token without feeding it. `text`: see sample() in sampler.h.
-    std::int32_t sample(const SamplingParams& params, const StreamDecoder* text = nullptr);
+    // Draws the next token without feeding it. `text`: see sample() in sampler.h; `before`: gets
+    // the random state as it was.
+    std::int32_t sample(const SamplingParams& params, const StreamDecoder* text = nullptr,
+                        RandomState* before = nullptr);
     // Natural logarithm of the probability of `token` as the next one, under the unmodified
     // distribution.
     double log_probability(std::int32_t token);
@@ -44,6 +47,7 @@ public:
 private:
     friend class SessionLock;
     friend class FeedTransaction;
+    friend void sample_each(std::vector<Draw>& draws);
     friend void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_chunks,
                      const Tap* tap);
 
@@ -65,10 +69,11 @@ struct Draw {
     const StreamDecoder* text;
     std::int32_t token = -1;
     std::exception_ptr error = nullptr;
+    RandomState before = {};  // of the session
 };
 
 // Draws from many sessions, each once, side by side on the threads of the first one's model. Throws
-// what the first of them to fail throws.
+// what the first of them to fail throws; then every random state is as it was.
 void sample_each(std::vector<Draw>& draws);
 
 // Tokens that somebody else keeps alive.

@@ -7,7 +7,7 @@ import pytest
 
 from random_models import tiny_checkpoint, tiny_model
 from tinyllama import SamplingParams, _core, load
-from tinyllama.errors import NonFiniteError
+from tinyllama.errors import ArgumentError, NonFiniteError
 from tinyllama.formats.gguf import gguf_bytes
 from tinyllama.generation import new_request
 
@@ -120,3 +120,20 @@ def test_logits_that_are_not_finite_stop_all():
     broken = load(gguf_bytes(checkpoint), n_threads=1)
     with pytest.raises(NonFiniteError, match="position"):
         broken.complete([[1, 2, 3], [1, 5]], max_new_tokens=5)
+
+
+def test_an_error_of_one_text_leaves_the_random_state_of_the_others(model):
+    """What was drawn beside it is lost, and drawn again the same."""
+    session = _core.Session(model, 7)
+    none = _core.SamplingParams()
+    none.banned = list(range(model.tokenizer.vocab_size))
+    decoder = _core.StreamDecoder(model.tokenizer, True)
+    scheduler = _core.Scheduler()
+    scheduler.submit(request_of(model, 7, session=session))
+    scheduler.submit(_core.Request(_core.Session(model, 8), PROMPT, decoder, none))
+    with pytest.raises(ArgumentError, match="no token is left"):
+        scheduler.run()
+    again = _core.Scheduler()
+    again.submit(request_of(model, 7, prompt=[], session=session))
+    (request,) = again.run()
+    assert made(request) == alone(model, 7)
