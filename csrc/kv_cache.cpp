@@ -2,17 +2,11 @@
 
 #include <algorithm>
 #include <cstring>
-#include <new>
 
 #include "status.h"
 #include "weights.h"
 
 namespace tinyllama {
-namespace {
-
-constexpr std::size_t most_spare_bytes = std::size_t{128} << 20;
-
-}  // namespace
 
 KvType find_kv_type(const std::string& name) {
     for (const KvType type : {KvType::f32, KvType::bf16, KvType::int8}) {
@@ -46,45 +40,6 @@ std::int64_t KvLayout::head_bytes() const {
     }
 }
 
-std::shared_ptr<AlignedBytes> KvPool::take(const std::shared_ptr<KvPool>& pool,
-                                           std::size_t n_bytes) {
-    if (pool == nullptr) return std::make_shared<AlignedBytes>(n_bytes);
-    std::unique_ptr<AlignedBytes> memory;
-    {
-        const std::lock_guard<std::mutex> lock(pool->mutex_);
-        auto best = pool->spare_.end();
-        for (auto one = pool->spare_.begin(); one != pool->spare_.end(); ++one) {
-            // One much larger is left for whoever needs it.
-            const std::size_t size = (*one)->size();
-            if (size < n_bytes || size > 2 * n_bytes) continue;
-            if (best == pool->spare_.end() || size < (*best)->size()) best = one;
-        }
-        if (best != pool->spare_.end()) {
-            best->swap(pool->spare_.back());
-            memory = std::move(pool->spare_.back());
-            pool->spare_.pop_back();
-            pool->n_spare_bytes_ -= memory->size();
-        }
-    }
-    if (memory == nullptr) memory = std::make_unique<AlignedBytes>(n_bytes);
-    AlignedBytes* const bytes = memory.get();
-    const auto give_back = [pool](AlignedBytes* done) {
-        pool->keep(std::unique_ptr<AlignedBytes>(done));
-    };
-    memory.release();  // a shared_ptr deletes by itself when it cannot be made
-    return {bytes, give_back};
-}
-
-void KvPool::keep(std::unique_ptr<AlignedBytes> memory) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (n_spare_bytes_ + memory->size() > most_spare_bytes) return;
-    try {
-        spare_.push_back(std::move(memory));
-        n_spare_bytes_ += spare_.back()->size();
-    } catch (const std::bad_alloc&) {  // then it is not kept
-    }
-}
-
 void KvCache::reserve(std::int32_t begin, std::int32_t end) {
     const auto first = static_cast<std::size_t>(begin / kv_block);
     const auto needed = static_cast<std::size_t>((end + kv_block - 1) / kv_block);
@@ -110,7 +65,7 @@ KvHead KvCache::head(std::int32_t layer, std::int32_t kv_head) const {
 
 KvCache KvCache::share(std::int32_t n_positions) {
     const auto whole = static_cast<std::size_t>(n_positions / kv_block);
-    KvCache other(layout_, pool_);
+    KvCache other(layout_);
     for (std::size_t i = 0; i < whole; ++i)
         other.append(blocks_[i]);
     if (n_positions % kv_block != 0) other.append(copy_of(whole));
@@ -126,8 +81,7 @@ void KvCache::append(Block block) {
 
 void KvCache::allocate(std::size_t n_blocks) {
     const auto size = static_cast<std::size_t>(layout_.block_bytes());
-    const std::shared_ptr<AlignedBytes> memory = KvPool::take(pool_, n_blocks * size);
-    n_blocks = memory->size() / size;
+    const auto memory = std::make_shared<AlignedBytes>(n_blocks * size);
     blocks_.reserve(blocks_.size() + n_blocks);
     pointers_.reserve(blocks_.capacity());
     for (std::size_t i = 0; i < n_blocks; ++i)
@@ -136,7 +90,7 @@ void KvCache::allocate(std::size_t n_blocks) {
 
 KvCache::Block KvCache::copy_of(std::size_t block) const {
     const auto size = static_cast<std::size_t>(layout_.block_bytes());
-    const std::shared_ptr<AlignedBytes> memory = KvPool::take(pool_, size);
+    const auto memory = std::make_shared<AlignedBytes>(size);
     std::memcpy(memory->data(), blocks_[block].get(), size);
     return {memory, memory->data()};
 }

@@ -5,9 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "kernels/kernel_table.h"
@@ -32,29 +30,9 @@ struct KvLayout {
     std::int64_t bytes_per_position() const { return block_bytes() / kv_block; }
 };
 
-class AlignedBytes;
-
-// Memory that timelines have given up, for the next ones: what is fresh from the system has to be
-// cleared first, which takes a tenth of the time of a short prompt.
-class KvPool {
-public:
-    // At least n_bytes, for as long as somebody holds it; then the pool keeps it, unless it has
-    // enough. Throws std::bad_alloc.
-    static std::shared_ptr<AlignedBytes> take(const std::shared_ptr<KvPool>& pool,
-                                              std::size_t n_bytes);
-
-private:
-    void keep(std::unique_ptr<AlignedBytes> memory);
-
-    std::mutex mutex_;
-    std::vector<std::unique_ptr<AlignedBytes>> spare_;
-    std::size_t n_spare_bytes_ = 0;
-};
-
 class KvCache {
 public:
-    explicit KvCache(const KvLayout& layout, std::shared_ptr<KvPool> pool = nullptr)
-        : layout_(layout), pool_(std::move(pool)) {}
+    explicit KvCache(const KvLayout& layout) : layout_(layout) {}
     KvCache(KvCache&&) = default;
     KvCache& operator=(KvCache&&) = default;
 
@@ -82,7 +60,6 @@ private:
     Block copy_of(std::size_t block) const;
 
     KvLayout layout_;
-    std::shared_ptr<KvPool> pool_;
     std::vector<Block> blocks_;
     std::vector<std::uint8_t*> pointers_;  // of blocks_, for the kernels
     std::size_t n_shared_ = 0;  // this many first blocks may belong to other caches too: read only

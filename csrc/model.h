@@ -43,7 +43,6 @@ public:
     // For a step of one row, which in a tiny model may be over before other threads are awake.
     int n_threads_alone() const { return n_threads_alone_; }
     const KvLayout& kv_layout() const { return kv_layout_; }
-    const std::shared_ptr<KvPool>& kv_pool() const { return kv_pool_; }
     // The angle by which pair i of a head turns per position, (head_dim / 2).
     const std::vector<double>& rope_frequencies() const { return rope_frequencies_; }
 
@@ -64,7 +63,6 @@ private:
     int n_threads_;
     int n_threads_alone_;
     KvLayout kv_layout_;
-    std::shared_ptr<KvPool> kv_pool_ = std::make_shared<KvPool>();
     std::vector<double> rope_frequencies_;
     mutable std::mutex mutex_;
     mutable std::vector<std::unique_ptr<Workspace>> workspaces_;

@@ -247,8 +247,7 @@ Weights::Weights(const GgufFile& file, const Config& config, const KernelTable& 
 }
 
 AlignedBytes::AlignedBytes(std::size_t size)
-    : size_(size),
-      alignment_{size < large_page ? 64 : large_page},
+    : alignment_{size < large_page ? 64 : large_page},
       data_(static_cast<std::uint8_t*>(::operator new(size, alignment_))) {
 #ifdef __linux__
     if (size >= large_page) madvise(data_, size, MADV_HUGEPAGE);

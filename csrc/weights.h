@@ -20,11 +20,9 @@ public:
     AlignedBytes(const AlignedBytes&) = delete;
     AlignedBytes& operator=(const AlignedBytes&) = delete;
     ~AlignedBytes();
-    std::size_t size() const { return size_; }
     std::uint8_t* data() const { return data_; }
 
 private:
-    std::size_t size_;
     std::align_val_t alignment_;
     std::uint8_t* data_;
 };
