@@ -70,6 +70,7 @@ public:
           tap_(tap),
           n_(static_cast<std::int64_t>(rows.size())) {
         for (std::int64_t row = 0; row < n_; ++row) {
+            places_.push_back(static_cast<std::int64_t>(wanted_.size()));
             if (at(row).logits != nullptr) wanted_.push_back(row);
             if (row == 0 || at(row).cache != at(row - 1).cache) timelines_.push_back({row, row});
             timelines_.back().end = row + 1;
@@ -88,10 +89,14 @@ public:
 
     void run(const Team& team) {
         embed(team);
+        std::int64_t n = n_;
         for (std::int32_t layer = 0; layer < c_.n_layers; ++layer) {
             const LayerWeights& w = model_.weights().layers[static_cast<std::size_t>(layer)];
-            attention(team, layer, w);
-            feed_forward(team, layer, w);
+            // Of most rows of a prompt the last layer owes only keys and values.
+            const bool last = layer + 1 == c_.n_layers && tap_ == nullptr;
+            if (last) n = static_cast<std::int64_t>(wanted_.size());
+            attention(team, layer, w, n);
+            if (n > 0) feed_forward(team, layer, w, n);
         }
         output(team);
     }
@@ -115,7 +120,8 @@ private:
         show("tok_embed", ws_.x, c_.dim);
     }
 
-    void attention(const Team& team, std::int32_t layer, const LayerWeights& w) {
+    // From all n_ rows to the first n of them: those that go on, which have then moved there.
+    void attention(const Team& team, std::int32_t layer, const LayerWeights& w, std::int64_t n) {
         const Input h = norm(team, w.attn_norm, {&w.wq, &w.wk, &w.wv}, n_);
         show("attn_norm", ws_.normed[0], c_.dim, layer);
         matmuls(team, h, {{&w.wq, ws_.q.data()}, {&w.wk, ws_.k.data()}, {&w.wv, ws_.v.data()}});
@@ -124,21 +130,26 @@ private:
         const Range mine = team.share(n_timelines * c_.n_kv_heads);
         for (std::int64_t unit = mine.begin; unit < mine.end; ++unit) {
             attend(layer, timelines_[static_cast<std::size_t>(unit / c_.n_kv_heads)],
-                   unit % c_.n_kv_heads);
+                   unit % c_.n_kv_heads, n < n_);
+        }
+        if (n < n_ && team.thread() == 0) {
+            for (std::int64_t i = 0; i < n; ++i)
+                std::copy_n(x(wanted_[static_cast<std::size_t>(i)]), c_.dim, x(i));
         }
         team.barrier();
         show("q", ws_.q, c_.q_dim(), layer);
         show("k", ws_.k, c_.kv_dim(), layer);
         show("v", ws_.v, c_.kv_dim(), layer);
         show("attn", ws_.heads, c_.q_dim(), layer);
-        add_product(team, w.wo, ws_.heads, c_.q_dim());
+        if (n > 0) add_product(team, w.wo, ws_.heads, c_.q_dim(), n);
         show("attn_out", ws_.x, c_.dim, layer);
     }
 
     // One key head of one timeline, and the n_heads / n_kv_heads query heads that share it (Ainslie
     // et al., arXiv 2305.13245): keys and values of the new rows go into the cache, then every
-    // query looks back over all positions up to its own.
-    void attend(std::int32_t layer, const Range& timeline, std::int64_t kv_head) {
+    // query looks back over all positions up to its own; or only those of the rows that are wanted,
+    // which then move to their places.
+    void attend(std::int32_t layer, const Range& timeline, std::int64_t kv_head, bool only_wanted) {
         const std::int64_t n_pairs = c_.head_dim / 2;
         const std::int64_t group = c_.n_heads / c_.n_kv_heads;
         const KvHead cache =
@@ -156,9 +167,11 @@ private:
         std::int32_t n_positions[max_queries];
         std::int64_t n = 0;
         for (std::int64_t row = timeline.begin; row < timeline.end; ++row) {
+            if (only_wanted && at(row).logits == nullptr) continue;
+            const std::int64_t place = only_wanted ? places_[static_cast<std::size_t>(row)] : row;
             for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
                 q[n] = query(row, head);
-                out[n] = ws_.heads.data() + row * c_.q_dim() + head * c_.head_dim;
+                out[n] = ws_.heads.data() + place * c_.q_dim() + head * c_.head_dim;
                 n_positions[n] = at(row).pos + 1;
                 if (++n < max_queries) continue;
                 k_.attend(out, q, n_positions, n, cache);
@@ -169,21 +182,21 @@ private:
     }
 
     // silu(Wgate h) * (Wup h), each thread its units.
-    void feed_forward(const Team& team, std::int32_t layer, const LayerWeights& w) {
-        const Input h = norm(team, w.ffn_norm, {&w.w_gate, &w.w_up}, n_);
+    void feed_forward(const Team& team, std::int32_t layer, const LayerWeights& w, std::int64_t n) {
+        const Input h = norm(team, w.ffn_norm, {&w.w_gate, &w.w_up}, n);
         show("ffn_norm", ws_.normed[0], c_.dim, layer);
         const Range mine = team.share(n_panels(w.w_gate));
-        matmul(w.w_gate, h, {ws_.hidden.data(), c_.hidden_dim, false}, n_, mine);
-        matmul(w.w_up, h, {ws_.up.data(), c_.hidden_dim, false}, n_, mine);
+        matmul(w.w_gate, h, {ws_.hidden.data(), c_.hidden_dim, false}, n, mine);
+        matmul(w.w_up, h, {ws_.up.data(), c_.hidden_dim, false}, n, mine);
         const std::int64_t begin = mine.begin * panel_rows;
         const std::int64_t end = std::min<std::int64_t>(mine.end * panel_rows, c_.hidden_dim);
-        for (std::int64_t row = 0; row < n_ && begin < end; ++row) {
+        for (std::int64_t row = 0; row < n && begin < end; ++row) {
             float* gate = ws_.hidden.data() + row * c_.hidden_dim + begin;
             k_.swiglu(gate, gate, ws_.up.data() + row * c_.hidden_dim + begin, end - begin);
         }
         team.barrier();
         show("ffn_hidden", ws_.hidden, c_.hidden_dim, layer);
-        add_product(team, w.w_down, ws_.hidden, c_.hidden_dim);
+        add_product(team, w.w_down, ws_.hidden, c_.hidden_dim, n);
         show("ffn_out", ws_.x, c_.dim, layer);
     }
 
@@ -192,7 +205,8 @@ private:
         const auto n = static_cast<std::int64_t>(wanted_.size());
         if (n == 0) return;
         const Matrix& head = model_.weights().lm_head;
-        const Input h = norm(team, model_.weights().final_norm, {&head}, n);
+        // With a tap the rows have stayed where they were.
+        const Input h = norm(team, model_.weights().final_norm, {&head}, n, tap_ != nullptr);
         show("final_norm", ws_.normed[0], c_.dim);
         const std::int64_t n_all = n_panels(head);
         const Range blocks = team.share(round_up(n_all, block_panels) / block_panels);
@@ -228,15 +242,16 @@ private:
         const Forms* forms;
     };
 
-    // rms_norm of n rows of x (in the output only those wanted), in the forms their readers ask
-    // for. A single row costs less to compute on every thread than to wait for.
-    Input norm(const Team& team, const float* weight, const Asked& asked, std::int64_t n) {
+    // rms_norm of the first n rows of x, or of those wanted, in the forms their readers ask for. A
+    // single row costs less to compute on every thread than to wait for.
+    Input norm(const Team& team, const float* weight, const Asked& asked, std::int64_t n,
+               bool of_wanted = false) {
         const bool alone = n == 1;
         const auto slot = static_cast<std::size_t>(alone ? team.thread() : 0);
         float* const values = ws_.normed[slot].data();
         const Range mine = alone ? Range{0, 1} : team.share(n);
         for (std::int64_t i = mine.begin; i < mine.end; ++i) {
-            const std::int64_t row = n == n_ ? i : wanted_[static_cast<std::size_t>(i)];
+            const std::int64_t row = of_wanted ? wanted_[static_cast<std::size_t>(i)] : i;
             k_.rms_norm(values + i * c_.dim, x(row), weight, c_.dim, c_.norm_eps);
             convert(&ws_.forms[slot], i, values + i * c_.dim, c_.dim, asked);
         }
@@ -244,12 +259,12 @@ private:
         return {values, &ws_.forms[slot]};
     }
 
-    // n_ rows that all threads can read, likewise.
+    // n rows that all threads can read, likewise.
     Input converted(const Team& team, const std::vector<float>& rows, std::int64_t width,
-                    const Asked& asked) {
-        const bool alone = n_ == 1;
+                    const Asked& asked, std::int64_t n) {
+        const bool alone = n == 1;
         const auto slot = static_cast<std::size_t>(alone ? team.thread() : 0);
-        const Range mine = alone ? Range{0, 1} : team.share(n_);
+        const Range mine = alone ? Range{0, 1} : team.share(n);
         for (std::int64_t row = mine.begin; row < mine.end; ++row)
             convert(&ws_.forms[slot], row, rows.data() + row * width, width, asked);
         if (!alone && (asked.bf16 || asked.q8)) team.barrier();
@@ -290,9 +305,9 @@ private:
 
     // x += W rows
     void add_product(const Team& team, const Matrix& w, const std::vector<float>& rows,
-                     std::int64_t width) {
-        const Input h = converted(team, rows, width, {&w});
-        matmul(w, h, {ws_.x.data(), c_.dim, true}, n_, team.share(n_panels(w)));
+                     std::int64_t width, std::int64_t n) {
+        const Input h = converted(team, rows, width, {&w}, n);
+        matmul(w, h, {ws_.x.data(), c_.dim, true}, n, team.share(n_panels(w)));
         team.barrier();
     }
 
@@ -373,6 +388,7 @@ private:
     const Tap* tap_;
     std::int64_t n_;
     std::vector<std::int64_t> wanted_;  // rows whose logits are asked for
+    std::vector<std::int64_t> places_;  // of every row, if it is wanted: where in wanted_
     std::vector<Range> timelines_;      // rows of one timeline each
     std::atomic<bool> all_finite_{true};
 };
