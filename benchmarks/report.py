@@ -35,6 +35,8 @@ tinyllama beside its peers on the same weights, and beside what the machine can 
 - The best peer is the fastest of all with weights of as many bits, and for prompts and streams also
   of all there are. Of llama.cpp this is the same GGUF file; int8, int4 and bfloat16 of the others
   count as q8_0, q4_0 and bf16.
+- Keys and values are kept as f32 by us unless a line says kv_dtype, as each peer's default by the
+  others (f16 by llama.cpp).
 - The ceiling is measured in the same rounds with the same threads: how often per second the weights
   could be read (bytes of the matrices over the read bandwidth at that size) and, for prompts and
   streams, how fast they could be multiplied (the unit's peak, tiles loaded from the first-level

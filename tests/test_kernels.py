@@ -98,7 +98,9 @@ def test_packing_keeps_every_value(isa: str, dtype: str) -> None:
                 step = np.abs(w[:, group]).max(axis=1, keepdims=True) / 127
                 error = np.abs(y[:, group] - w[:, group])
                 assert np.all(error <= step * (0.5 + 128 * EPS))
-            assert y.tobytes() == _core.kernel_unpack("generic", dtype, stored, rows, cols).tobytes()
+            assert (
+                y.tobytes() == _core.kernel_unpack("generic", dtype, stored, rows, cols).tobytes()
+            )
         else:
             np.testing.assert_array_equal(y, w.astype(np.float32))
         shifted = np.empty(stored.nbytes + 1, np.uint8)[1:]  # not aligned
