@@ -169,6 +169,7 @@ def _chart(results: list[Result], path: Path) -> None:
             panel.hlines(ceiling, i - 0.42, i + 0.42, color="#c0392b", linewidth=2, label=label)
         panel.set_xticks(range(len(bars)), [name for name, *_ in bars], fontsize=7)
         panel.set_yscale("log")
+        panel.set_ylim(bottom=min(min(ours, peer or ours) for _, ours, peer, _ in bars) / 2)
         panel.set_ylabel("tokens per second")
         panel.set_title(f"{model}, {threads} thread{'s' * (threads > 1)}", fontsize=10)
         panel.legend(fontsize=7, loc="upper left")
@@ -177,9 +178,12 @@ def _chart(results: list[Result], path: Path) -> None:
 
 
 def _bars(results: list[Result]) -> Iterator[tuple[str, float, float | None, float]]:
-    """(label, ours, best peer with as many bits, ceiling) of each case and kind of weights."""
+    """(label, ours, best peer with as many bits, ceiling) of each case and kind of weights, ours
+    without options."""
     for case in dict.fromkeys(r["case"] for r in results):
-        ours = _of(results, case, lambda r: r["engine"] == "tinyllama")
+        ours = _of(
+            results, case, lambda r: r["engine"] == "tinyllama" and r["weights"] == r["kind"]
+        )
         for result in sorted(ours, key=lambda r: KINDS.index(r["kind"])):
             peer = _best(results, case, lambda r, kind=result["kind"]: r["kind"] == kind)
             label = f"{case}\n{result['kind']}"
