@@ -33,7 +33,7 @@ def handle(monkeypatch, error):
     ("error", "status", "line"),
     [
         (FormatError("a.bin: n_heads is 0"), 2, "tinyllama: error: a.bin: n_heads is 0\n"),
-        (FileNotFoundError(2, "No such file", "x"), 2, "tinyllama: error: [Errno 2] No such file"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "tinyllama: error: x: No such file"),
         (MemoryError(), 2, "tinyllama: error: out of memory\n"),
         (KeyboardInterrupt(), 130, "tinyllama: interrupted\n"),
     ],

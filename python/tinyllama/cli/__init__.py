@@ -67,7 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (TinyllamaError, OSError, MemoryError) as error:
-        print(f"tinyllama: error: {str(error) or 'out of memory'}", file=sys.stderr)
+        message = str(error) or "out of memory"
+        if isinstance(error, OSError) and error.filename is not None:
+            message = f"{error.filename}: {error.strerror}"
+        print(f"tinyllama: error: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tinyllama: interrupted", file=sys.stderr)
