@@ -97,7 +97,6 @@ struct Quantized {
                           sums.data() + t * (n / block_size), x + t * n, n);
         }
     }
-    static std::int64_t n_groups(std::int64_t n) { return (n + group_size - 1) / group_size; }
     ActsQ8 acts() const { return {q.data(), scales.data(), sums.data(), stride}; }
     std::int64_t stride;
     std::vector<std::int8_t> q;
@@ -163,6 +162,14 @@ py::tuple kernel_quantize_q8(const std::string& isa, const Array<float>& x) {
     require(x.size() % block_size == 0, "x must be whole blocks of 32");
     const Quantized q(kernels_named(isa), x.data(), 1, x.size());
     return py::make_tuple(to_array(q.q), to_array(q.scales), to_array(q.sums));
+}
+
+py::tuple kernel_hand_out(const std::string& isa, const Array<float>& x) {
+    const auto n = static_cast<std::size_t>(x.size());
+    std::vector<float> copy(n), maxima((n + weigh_block - 1) / weigh_block);
+    const std::int32_t bits =
+        kernels_named(isa).hand_out(copy.data(), maxima.data(), x.data(), x.size());
+    return py::make_tuple(to_array(copy), to_array(maxima), bits);
 }
 
 py::array_t<std::uint16_t> kernel_round_bf16(const std::string& isa, const Array<float>& x) {
@@ -247,6 +254,7 @@ void bind_kernels(py::module_& m) {
     m.def("kernel_unpack", &kernel_unpack, py::arg("isa"), py::arg("dtype"), py::arg("weights"),
           py::arg("rows"), py::arg("cols"));
     m.def("kernel_quantize_q8", &kernel_quantize_q8, py::arg("isa"), py::arg("x"));
+    m.def("kernel_hand_out", &kernel_hand_out, py::arg("isa"), py::arg("x"));
     m.def("kernel_round_bf16", &kernel_round_bf16, py::arg("isa"), py::arg("x"));
     m.def("kernel_weigh", &kernel_weigh, py::arg("isa"), py::arg("x"), py::arg("best"),
           py::arg("scale"));

@@ -36,8 +36,6 @@ std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1)
 
 std::int64_t n_panels(const Matrix& w) { return (w.rows + panel_rows - 1) / panel_rows; }
 
-std::int64_t n_groups(std::int64_t width) { return round_up(width, group_size) / group_size; }
-
 // The forms of one input that the matrices reading it ask for, beside floats.
 struct Asked {
     bool bf16 = false;

@@ -49,8 +49,6 @@ void transpose(const std::uint8_t* const (&rows)[panel_rows], std::int64_t n_wor
     }
 }
 
-std::int64_t n_groups(std::int64_t cols) { return (cols + group_size - 1) / group_size; }
-
 // Blocks of 32 become groups of 512: a group of all 16 rows at a time.
 void pack_q8_0(const KernelTable& kernels, const std::uint8_t* const (&rows)[panel_rows],
                std::int64_t cols, std::uint8_t* out) {
@@ -102,16 +100,6 @@ void pack_bf16(const std::uint8_t* const (&rows)[panel_rows], std::int64_t cols,
     }
 }
 
-float float_from_f16(std::uint16_t f16) {
-    const std::uint32_t exponent = (f16 >> 10) & 31u, mantissa = f16 & 1023u;
-    float magnitude = static_cast<float>(mantissa) * 0x1p-24f;  // zero and subnormal
-    if (exponent != 0) {
-        const std::uint32_t bits = (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13;
-        std::memcpy(&magnitude, &bits, sizeof(magnitude));
-    }
-    return (f16 & 0x8000u) != 0 ? -magnitude : magnitude;
-}
-
 void unpack_q8_0(const std::uint8_t* panel, std::int64_t cols, std::int64_t r, float* out) {
     const std::uint8_t* const words = panel + n_groups(cols) * line_bytes + r * word_bytes;
     for (std::int64_t begin = 0; begin < cols; begin += group_size) {
@@ -142,6 +130,16 @@ void unpack_q4_0(const std::uint8_t* panel, std::int64_t cols, std::int64_t r, f
 }
 
 }  // namespace
+
+float float_from_f16(std::uint16_t f16) {
+    const std::uint32_t exponent = (f16 >> 10) & 31u, mantissa = f16 & 1023u;
+    float magnitude = static_cast<float>(mantissa) * 0x1p-24f;  // zero and subnormal
+    if (exponent != 0) {
+        const std::uint32_t bits = (exponent == 31 ? 255 : exponent + 112) << 23 | mantissa << 13;
+        std::memcpy(&magnitude, &bits, sizeof(magnitude));
+    }
+    return (f16 & 0x8000u) != 0 ? -magnitude : magnitude;
+}
 
 std::size_t panel_bytes(DType dtype, std::int64_t cols) {
     std::int64_t n_bytes = cols * line_bytes;  // f32

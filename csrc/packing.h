@@ -20,6 +20,8 @@ void pack_panels(const KernelTable& kernels, DType dtype, const std::uint8_t* so
                  std::int64_t rows, std::int64_t cols, std::uint8_t* out, std::int64_t begin,
                  std::int64_t end);
 
+float float_from_f16(std::uint16_t f16);
+
 // Row `row` of a packed matrix as floats: out has cols elements.
 void unpack_row(DType dtype, const Panels& panels, std::int64_t row, float* out);
 

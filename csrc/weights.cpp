@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
 #include <cstring>
 #include <set>
 #include <vector>
@@ -23,18 +22,6 @@ float float_from_bits(std::uint32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof(value));
     return value;
-}
-
-float float_from_f16(std::uint16_t half) {
-    const std::uint32_t sign = static_cast<std::uint32_t>(half & 0x8000u) << 16;
-    const std::uint32_t exponent = (half >> 10) & 0x1Fu;
-    const std::uint32_t mantissa = half & 0x3FFu;
-    if (exponent == 0) {  // zero or subnormal: mantissa * 2^-24
-        const float magnitude = std::ldexp(static_cast<float>(mantissa), -24);
-        return sign ? -magnitude : magnitude;
-    }
-    if (exponent == 31) return float_from_bits(sign | 0x7F800000u | (mantissa << 13));
-    return float_from_bits(sign | ((exponent + 112) << 23) | (mantissa << 13));
 }
 
 bool is_block_format(DType dtype) { return dtype == DType::q8_0 || dtype == DType::q4_0; }

@@ -419,3 +419,16 @@ def test_weigh_at_the_ends(isa: str) -> None:
     whole = kept & (x == np.round(x))
     np.testing.assert_array_equal(weights[whole], np.exp2(x[whole]))
     assert weights.tobytes() == _core.kernel_weigh("generic", x, 0.0, 1.0)[0].tobytes()
+
+
+def test_hand_out(isa: str) -> None:
+    rng = np.random.default_rng(10)
+    for n in (1, 15, 16, 17, 63, 64, 65, 79, 128, 333):
+        x = normal(rng, n) - np.float32(20)  # all below zero: what is filled up must not win
+        copy, maxima, bits = _core.kernel_hand_out(isa, x)
+        np.testing.assert_array_equal(copy, x)
+        np.testing.assert_array_equal(maxima, [x[i : i + 64].max() for i in range(0, n, 64)])
+        assert bits == int(np.abs(x).max().view(np.uint32))
+        for bad in (np.inf, -np.inf, np.nan):
+            x[rng.integers(n)] = bad
+            assert _core.kernel_hand_out(isa, x)[2] >= 0x7F800000

@@ -17,7 +17,7 @@ namespace tinyllama {
 constexpr int64_t panel_rows = 16;
 constexpr int64_t block_size = 32;   // columns that share a scale in files of q8_0 and q4_0
 constexpr int64_t group_size = 512;  // columns that share a scale in activations and packed q8_0
-constexpr int64_t weigh_block = 64;  // tokens whose weights are summed together
+constexpr int64_t weigh_block = 64;  // logits whose largest is known, and whose weights are summed
 
 // Bytes that kernels may read, and multiply by zero, beyond the last panel.
 constexpr int64_t panels_slack = 512;
@@ -38,6 +38,8 @@ struct Panels {
     int64_t rows;
     int64_t cols;
 };
+
+constexpr int64_t n_groups(int64_t cols) { return (cols + group_size - 1) / group_size; }
 
 constexpr int64_t q4_scales_bytes(int64_t cols) { return (cols + 63) / 64 * 64; }
 

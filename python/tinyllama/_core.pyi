@@ -206,6 +206,11 @@ def kernel_quantize_q8(
     """int8 (up to a multiple of 64; 99 is what was not written), a scale per group of 512, and the
     sum of each 32 int8."""
 
+def kernel_hand_out(
+    isa: str, x: npt.NDArray[np.float32]
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], int]:
+    """A copy, the largest of each 64, and the bits of the largest magnitude."""
+
 def kernel_round_bf16(isa: str, x: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     """The upper halves of x, rounded, up to a multiple of 32."""
 

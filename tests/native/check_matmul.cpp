@@ -148,8 +148,6 @@ struct TestActs {
         const float scale = scales[size(t * n_groups(cols) + i / group_size)];
         return static_cast<double>(scale) * q[size(t * padded + i)];
     }
-
-    static std::int64_t n_groups(std::int64_t cols) { return (cols + group_size - 1) / group_size; }
 };
 
 // Tokens [t, t + n) by panels [begin, end).
@@ -161,8 +159,7 @@ void multiply(const KernelTable& kernels, const TestMatrix& w, const TestActs& x
     } else if (w.dtype == DType::bf16) {
         kernels.matmul_bf16(y, w.panels, x.bf16.data() + t * x.padded, x.padded, n, begin, end);
     } else {
-        const ActsQ8 acts{x.q.data() + t * x.padded,
-                          x.scales.data() + t * TestActs::n_groups(x.cols),
+        const ActsQ8 acts{x.q.data() + t * x.padded, x.scales.data() + t * n_groups(x.cols),
                           x.sums.data() + t * x.cols / 32, x.padded};
         const auto matmul = w.dtype == DType::q8_0 ? kernels.matmul_q8_0 : kernels.matmul_q4_0;
         matmul(y, w.panels, acts, n, begin, end);
@@ -172,7 +169,7 @@ void multiply(const KernelTable& kernels, const TestMatrix& w, const TestActs& x
 // The roundings that follow one another in a sum, each of at most u of the sum of magnitudes; and
 // what may be lost where a product falls below the normal numbers.
 double bound(DType dtype, std::int64_t cols, double magnitudes) {
-    const std::int64_t blocks = (cols + 31) / 32, groups = (cols + 511) / 512;
+    const std::int64_t blocks = (cols + 31) / 32, groups = n_groups(cols);
     const std::int64_t chain = dtype == DType::f32    ? cols
                                : dtype == DType::bf16 ? 16 + 1 + blocks
                                : dtype == DType::q8_0 ? 1 + groups
