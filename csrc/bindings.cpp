@@ -112,9 +112,8 @@ py::dict info_dict(const Model& model) {
     result["path"] = model.name();
     result["dtype"] = dtype_name(model.weights().layers.front().wq.dtype);
     result["isa"] = model.kernels().name;
-    result["n_threads"] = model.n_threads();
+    result["n_threads"] = model.threads().size();
     result["n_threads_alone"] = model.n_threads_alone();
-    result["openmp"] = has_openmp();
     result["parameters"] = model.weights().n_parameters;
     result["bytes"] = model.weights().n_bytes;
     result["kv_dtype"] = kv_type_name(model.kv_layout().type);
@@ -344,7 +343,6 @@ PYBIND11_MODULE(_core, m) {
         }
         return names;
     });
-    m.def("has_openmp", &has_openmp);
     bind_gguf(m);
     bind_text(m);
     bind_model(m);

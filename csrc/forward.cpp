@@ -78,7 +78,7 @@ public:
 
     int n_threads() const {
         if (tap_ != nullptr) return 1;
-        const int most = n_ == 1 ? model_.n_threads_alone() : model_.n_threads();
+        const int most = n_ == 1 ? model_.n_threads_alone() : model_.threads().size();
         const auto work = n_ * static_cast<std::int64_t>(model_.weights().n_parameters);
         return static_cast<int>(std::clamp<std::int64_t>(work / min_work_per_thread, 1, most));
     }
@@ -335,7 +335,7 @@ private:
     }
 
     void allocate() {
-        const auto n_teammates = static_cast<std::size_t>(model_.n_threads());
+        const auto n_teammates = static_cast<std::size_t>(model_.threads().size());
         const auto n_wanted = static_cast<std::int64_t>(wanted_.size());
         const auto size = [this](std::int64_t width) {
             return static_cast<std::size_t>(n_ * width);
@@ -397,7 +397,7 @@ bool forward(const Model& model, const std::vector<Row>& rows, Workspace& worksp
              const Tap* tap) {
     if (rows.empty()) return true;
     Pass pass(model, rows, workspace, tap);
-    run_team(pass.n_threads(), [&](const Team& team) { pass.run(team); });
+    model.threads().run_team(pass.n_threads(), [&](const Team& team) { pass.run(team); });
     return pass.all_finite();
 }
 

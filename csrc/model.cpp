@@ -70,10 +70,10 @@ Model::Model(const std::string& name, const GgufFile& file, const Config& config
              const KernelTable* kernels, int n_threads, KvType kv_type)
     : name_(name),
       config_(config),
+      threads_(n_threads),
       tokenizer_(file),
-      weights_(file, config, *kernels, n_threads),
+      weights_(file, config, *kernels, threads_),
       kernels_(kernels),
-      n_threads_(n_threads),
       n_threads_alone_(n_threads),
       kv_layout_{config.n_layers, config.n_kv_heads, config.head_dim, kv_type},
       rope_frequencies_(frequencies_of(config)) {
@@ -97,7 +97,7 @@ void Model::choose_threads_alone() {
     const std::vector<Row> rows{{&cache, 0, 0, logits.data()}};
     Workspace workspace;
     Clock::duration best = Clock::duration::max();
-    for (int n = n_threads_, chosen = n; n >= 1 && n_threads_ > 1; n /= 2) {
+    for (int n = threads_.size(), chosen = n; n >= 1 && threads_.size() > 1; n /= 2) {
         n_threads_alone_ = n;
         Clock::duration shortest = Clock::duration::max();
         for (int step = 0; step < 5; ++step) {
@@ -106,7 +106,7 @@ void Model::choose_threads_alone() {
             shortest = std::min(shortest, Clock::now() - start);
             if (step == 1 && shortest > long_step) return;
         }
-        if (n < n_threads_ && shortest > best + best / 10) {
+        if (n < threads_.size() && shortest > best + best / 10) {
             n_threads_alone_ = chosen;
             return;
         }

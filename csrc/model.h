@@ -11,6 +11,7 @@
 #include "file_bytes.h"
 #include "kernels/kernel_table.h"
 #include "kv_cache.h"
+#include "parallel.h"
 #include "tokenizer.h"
 #include "weights.h"
 
@@ -39,7 +40,7 @@ public:
     const Tokenizer& tokenizer() const { return tokenizer_; }
     const Weights& weights() const { return weights_; }
     const KernelTable& kernels() const { return *kernels_; }
-    int n_threads() const { return n_threads_; }
+    Threads& threads() const { return threads_; }
     // For a step of one row, which in a tiny model may be over before other threads are awake.
     int n_threads_alone() const { return n_threads_alone_; }
     const KvLayout& kv_layout() const { return kv_layout_; }
@@ -57,10 +58,10 @@ private:
 
     std::string name_;
     Config config_;
+    mutable Threads threads_;
     Tokenizer tokenizer_;
     Weights weights_;
     const KernelTable* kernels_;
-    int n_threads_;
     int n_threads_alone_;
     KvLayout kv_layout_;
     std::vector<double> rope_frequencies_;

@@ -1,36 +1,41 @@
 #include "parallel.h"
 
 #include <algorithm>
+#include <chrono>
+#include <condition_variable>
 #include <cstdio>
+#include <exception>
+#include <mutex>
+#include <new>
 #include <set>
 #include <string>
 #include <thread>
 #include <utility>
+#include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 #ifdef __linux__
 #include <sched.h>
 #endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
+#include <signal.h>
 #endif
 
 namespace tinyllama {
 namespace {
 
-// OpenMP's worker threads do not survive fork(); a child that asks for them would wait forever.
-bool forked_child = false;
+// Threads do not survive fork(): a child has none of its parent's workers, whatever it remembers.
+std::atomic<unsigned> n_forks{0};
 
 [[maybe_unused]] const bool fork_handler_installed = [] {
 #if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] { forked_child = true; });
+    pthread_atfork(nullptr, nullptr, [] { n_forks.fetch_add(1, std::memory_order_relaxed); });
 #endif
     return true;
 }();
 
-constexpr int spins_before_yield = 2000;  // about 50 microseconds
+// How long a thread looks out for what comes next before it gives up its core.
+constexpr std::chrono::microseconds longest_spin(75);
 
 void pause_briefly() {
 #ifdef __x86_64__
@@ -38,6 +43,21 @@ void pause_briefly() {
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
 #endif
+}
+
+// Waits for happened() for a while; true when it has.
+template <typename Condition>
+bool spin_until(const Condition& happened) {
+    constexpr int looks_per_clock = 16;
+    std::chrono::steady_clock::time_point start{};
+    for (int i = 0;; ++i) {
+        if (happened()) return true;
+        pause_briefly();
+        if (i % looks_per_clock != 0) continue;
+        const auto now = std::chrono::steady_clock::now();
+        if (i == 0) start = now;
+        if (now - start > longest_spin) return false;
+    }
 }
 
 #ifdef __linux__
@@ -64,11 +84,16 @@ int cgroup_cores() {
 }
 #endif
 
-#if defined(_OPENMP) && defined(__linux__)
+#ifdef __linux__
 // Cores taken by the threads of a team, each at most once. Linux wakes threads that slept on the
 // core of the one that woke them, and may leave them there for milliseconds.
 class TakenCores {
 public:
+    void clear() {
+        for (auto& word : taken_)
+            word.store(0, std::memory_order_relaxed);
+    }
+
     // Called by each thread on its way in. One that finds its core taken moves to a free one, where
     // it may go; its affinity stays as it was.
     void take_one() {
@@ -100,6 +125,7 @@ private:
 };
 #else
 struct TakenCores {
+    void clear() {}
     void take_one() {}
 };
 #endif
@@ -125,14 +151,6 @@ int available_cores() {
     return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
-bool has_openmp() {
-#ifdef _OPENMP
-    return true;
-#else
-    return false;
-#endif
-}
-
 void Team::wait_for_all() const {
     const unsigned phase = shared_->phase.load(std::memory_order_relaxed);
     if (shared_->arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
@@ -140,35 +158,147 @@ void Team::wait_for_all() const {
         shared_->phase.store(phase + 1, std::memory_order_release);
         return;
     }
-    for (int i = 0; shared_->phase.load(std::memory_order_acquire) == phase; ++i) {
-        // Where other work shares the cores, the thread that is waited for may need this one.
-        if (i < spins_before_yield) {
-            pause_briefly();
-        } else {
-            std::this_thread::yield();
-        }
-    }
+    const auto passed = [&] { return shared_->phase.load(std::memory_order_acquire) != phase; };
+    // Where other work shares the cores, the thread that is waited for may need this one.
+    while (!spin_until(passed))
+        std::this_thread::yield();
 }
 
-namespace detail {
+// While it lives, threads are born deaf to signals: those are the host's, for its own threads.
+class SignalsBlocked {
+public:
+#if defined(__unix__) || defined(__APPLE__)
+    SignalsBlocked() {
+        sigset_t all;
+        sigfillset(&all);
+        pthread_sigmask(SIG_SETMASK, &all, &before_);
+    }
+    ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
 
-void run_team(int n_threads, TeamFunction function, const void* body) {
-#ifdef _OPENMP
-    if (!forked_child && !omp_in_parallel()) {
-        Team::Shared shared;
-        TakenCores cores;
-        cores.take_one();
-#pragma omp parallel num_threads(n_threads)
-        {
-            if (omp_get_thread_num() > 0) cores.take_one();
-            function(body, Team(omp_get_thread_num(), omp_get_num_threads(), &shared));
+private:
+    sigset_t before_;
+#else
+    SignalsBlocked() {}
+#endif
+};
+
+// The workers, and the one piece of work that they are on.
+struct Threads::Crew {
+    struct Worker {
+        alignas(64) std::atomic<unsigned> n_calls{0};  // pieces of work given to it
+        std::atomic<bool> asleep{false};
+        std::mutex mutex;
+        std::condition_variable called;
+        std::thread thread;
+    };
+
+    ~Crew() {
+        call(workers.size(), nullptr, nullptr);
+        for (const auto& worker : workers)
+            worker->thread.join();
+    }
+
+    // Fewer where the system has no more to give.
+    void grow(std::size_t n) {
+        if (workers.size() >= n) return;
+        const SignalsBlocked blocked;
+        try {
+            while (workers.size() < n) {
+                workers.push_back(std::make_unique<Worker>());
+                Worker* const worker = workers.back().get();
+                const int place = static_cast<int>(workers.size());
+                worker->thread = std::thread([this, worker, place] { work(worker, place); });
+            }
+        } catch (const std::exception&) {
+            if (!workers.empty() && !workers.back()->thread.joinable()) workers.pop_back();
         }
+    }
+
+    // On at most n workers and the caller.
+    void run(std::size_t n, Body new_function, const void* new_body) {
+        grow(n);
+        n = std::min(n, workers.size());
+        call(n, new_function, new_body);
+        cores.take_one();
+        new_function(new_body, Team(0, size, &shared));
+        const auto finished = [&] { return n_working.load(std::memory_order_acquire) == 0; };
+        while (!spin_until(finished))
+            std::this_thread::yield();
+    }
+
+    // Gives the first n workers something to do; nullptr: to end.
+    void call(std::size_t n, Body new_function, const void* new_body) {
+        function = new_function;
+        body = new_body;
+        size = static_cast<int>(n) + 1;
+        n_working.store(static_cast<int>(n), std::memory_order_relaxed);
+        cores.clear();
+        for (std::size_t i = 0; i < n; ++i) {
+            Worker& worker = *workers[i];
+            worker.n_calls.fetch_add(1);
+            if (!worker.asleep.load()) continue;
+            const std::lock_guard<std::mutex> lock(worker.mutex);
+            worker.called.notify_one();
+        }
+    }
+
+    void work(Worker* me, int place) {
+        for (unsigned n_done = 0;; ++n_done) {
+            const auto called = [&] { return me->n_calls.load() != n_done; };
+            if (!spin_until(called)) {
+                std::unique_lock<std::mutex> lock(me->mutex);
+                me->asleep.store(true);
+                me->called.wait(lock, called);
+                me->asleep.store(false);
+            }
+            if (function == nullptr) return;
+            cores.take_one();
+            function(body, Team(place, size, &shared));
+            n_working.fetch_sub(1, std::memory_order_release);
+        }
+    }
+
+    const unsigned forks = n_forks.load(std::memory_order_relaxed);
+    std::vector<std::unique_ptr<Worker>> workers;
+    Body function = nullptr;
+    const void* body = nullptr;
+    int size = 1;
+    Team::Shared shared;
+    alignas(64) std::atomic<int> n_working{0};
+    TakenCores cores;
+};
+
+Threads::Threads(int size) : size_(size) {}
+
+Threads::~Threads() {
+    if (crew_ != nullptr && crew_->forks != n_forks.load(std::memory_order_relaxed))
+        (void)crew_.release();
+}
+
+// True when the workers are the caller's until it sets owner_ to 0. A claim from before a fork is
+// the parent's.
+bool Threads::claim() {
+    const unsigned self = n_forks.load(std::memory_order_relaxed) + 1;
+    unsigned owner = owner_.load(std::memory_order_relaxed);
+    return owner != self && owner_.compare_exchange_strong(owner, self, std::memory_order_acquire);
+}
+
+void Threads::run(int n, Body function, const void* body) {
+    n = std::min(n, size_);
+    if (n <= 1 || !claim()) {
+        function(body, Team(0, 1, nullptr));
         return;
     }
-#endif
-    (void)n_threads;
-    function(body, Team(0, 1, nullptr));
+    if (crew_ == nullptr || crew_->forks != n_forks.load(std::memory_order_relaxed)) {
+        (void)crew_.release();  // a parent's workers cannot be joined
+        crew_.reset(new (std::nothrow) Crew);
+    }
+    if (crew_ == nullptr) {
+        function(body, Team(0, 1, nullptr));
+    } else {
+        crew_->run(static_cast<std::size_t>(n - 1), function, body);
+    }
+    owner_.store(0, std::memory_order_release);
 }
 
-}  // namespace detail
 }  // namespace tinyllama

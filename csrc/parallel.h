@@ -1,21 +1,14 @@
-// The only file that knows OpenMP.
+// The only file that knows threads.
 #pragma once
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 
 namespace tinyllama {
 
 // Physical cores this process may use: affinity mask and cgroup quota respected, at least 1.
 int available_cores();
-
-// True when the library was built with OpenMP.
-bool has_openmp();
-
-// Calls body(begin, end) over disjoint ranges that cover [0, n), on at most n_threads threads.
-// `body` must not throw.
-template <typename Body>
-void parallel_for(int n_threads, std::int64_t n, const Body& body);
 
 struct Range {
     std::int64_t begin, end;
@@ -49,34 +42,50 @@ private:
     Shared* shared_;
 };
 
-// Calls body(team) on each of up to n_threads threads at once: only in the caller when that is 1,
-// inside another parallel region, and in a process forked after OpenMP was started (its threads are
-// gone there). `body` must not throw.
-template <typename Body>
-void run_team(int n_threads, const Body& body);
+// The caller's thread and workers beside it. Workers start when they are first needed, stay awake
+// for some microseconds after their work in case there is more, and sleep after that.
+class Threads {
+public:
+    explicit Threads(int size);  // workers and caller
+    ~Threads();
+    Threads(const Threads&) = delete;
+    Threads& operator=(const Threads&) = delete;
 
-namespace detail {
-using TeamFunction = void (*)(const void* body, const Team& team);
-void run_team(int n_threads, TeamFunction function, const void* body);
-}  // namespace detail
+    int size() const { return size_; }
 
-template <typename Body>
-void run_team(int n_threads, const Body& body) {
-    if (n_threads <= 1) {
-        body(Team(0, 1, nullptr));
-        return;
+    // Calls body(team) on n threads at once, at most size(); on fewer where no more can be started,
+    // and only in the caller while the workers are busy with another caller's work. `body` must not
+    // throw.
+    template <typename Body>
+    void run_team(int n, const Body& body) {
+        if (n <= 1) {
+            body(Team(0, 1, nullptr));
+            return;
+        }
+        run(
+            n, [](const void* b, const Team& team) { (*static_cast<const Body*>(b))(team); },
+            &body);
     }
-    detail::run_team(
-        n_threads, [](const void* b, const Team& team) { (*static_cast<const Body*>(b))(team); },
-        &body);
-}
 
-template <typename Body>
-void parallel_for(int n_threads, std::int64_t n, const Body& body) {
-    run_team(static_cast<int>(n < n_threads ? n : n_threads), [&](const Team& team) {
-        const Range mine = team.share(n);
-        if (mine.begin < mine.end) body(mine.begin, mine.end);
-    });
-}
+    // Calls body(begin, end) over disjoint ranges that cover [0, n), likewise.
+    template <typename Body>
+    void parallel_for(int n_threads, std::int64_t n, const Body& body) {
+        run_team(static_cast<int>(n < n_threads ? n : n_threads), [&](const Team& team) {
+            const Range mine = team.share(n);
+            if (mine.begin < mine.end) body(mine.begin, mine.end);
+        });
+    }
+
+private:
+    using Body = void (*)(const void* body, const Team& team);
+    struct Crew;
+
+    void run(int n, Body function, const void* body);
+    bool claim();
+
+    int size_;
+    std::unique_ptr<Crew> crew_;  // of the process that claimed it last
+    std::atomic<unsigned> owner_{0};
+};
 
 }  // namespace tinyllama

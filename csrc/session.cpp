@@ -266,7 +266,8 @@ void sample_each(std::vector<Draw>& draws) {
     const Model& model = draws.front().session->model();
     const auto n = static_cast<std::int64_t>(draws.size());
     const bool little = n * model.config().vocab_size < (1 << 16);
-    parallel_for(little ? 1 : model.n_threads(), n, [&](std::int64_t begin, std::int64_t end) {
+    Threads& threads = model.threads();
+    threads.parallel_for(little ? 1 : threads.size(), n, [&](std::int64_t begin, std::int64_t end) {
         for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
             Draw& draw = draws[i];
             try {

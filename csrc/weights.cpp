@@ -11,7 +11,6 @@
 #endif
 
 #include "packing.h"
-#include "parallel.h"
 
 namespace tinyllama {
 namespace {
@@ -99,8 +98,9 @@ private:
 // Takes tensors out of the file one by one; what nobody asked for is an error at the end.
 class WeightReader {
 public:
-    WeightReader(const GgufFile& file, const KernelTable& kernels, int n_threads, Weights* weights)
-        : file_(file), kernels_(kernels), n_threads_(n_threads), weights_(weights) {
+    WeightReader(const GgufFile& file, const KernelTable& kernels, Threads& threads,
+                 Weights* weights)
+        : file_(file), kernels_(kernels), threads_(threads), weights_(weights) {
         std::size_t total = panels_slack;
         for (const GgufTensor& tensor : file.tensors())
             total += size_when_packed(tensor);
@@ -118,18 +118,19 @@ public:
         FirstBad bad;
         // Rows as floats, for f16 only: taken here, as nothing may throw on the threads.
         std::vector<float> widened(widen ? static_cast<std::size_t>(rows * cols) : 0);
-        parallel_for(threads_for(rows * cols), n_panels, [&](std::int64_t begin, std::int64_t end) {
-            for (std::int64_t panel = begin; panel < end; ++panel) {
-                const std::int64_t first = panel * panel_rows * cols;
-                const std::int64_t n = std::min(panel_rows * cols, rows * cols - first);
-                bad.look(tensor, first, n);
-                if (widen) to_floats(tensor, first, n, widened.data() + first);
-                pack_panels(kernels_, result.dtype,
-                            widen ? reinterpret_cast<const std::uint8_t*>(widened.data())
-                                  : tensor.bytes.data,
-                            rows, cols, out, panel, panel + 1);
-            }
-        });
+        threads_.parallel_for(
+            threads_for(rows * cols), n_panels, [&](std::int64_t begin, std::int64_t end) {
+                for (std::int64_t panel = begin; panel < end; ++panel) {
+                    const std::int64_t first = panel * panel_rows * cols;
+                    const std::int64_t n = std::min(panel_rows * cols, rows * cols - first);
+                    bad.look(tensor, first, n);
+                    if (widen) to_floats(tensor, first, n, widened.data() + first);
+                    pack_panels(kernels_, result.dtype,
+                                widen ? reinterpret_cast<const std::uint8_t*>(widened.data())
+                                      : tensor.bytes.data,
+                                rows, cols, out, panel, panel + 1);
+                }
+            });
         bad.refuse(file_, tensor);
         return result;
     }
@@ -182,7 +183,9 @@ private:
     }
 
     // A thread for less than a few hundred thousand values costs more than it saves.
-    int threads_for(std::int64_t n_values) const { return n_values < (1 << 18) ? 1 : n_threads_; }
+    int threads_for(std::int64_t n_values) const {
+        return n_values < (1 << 18) ? 1 : threads_.size();
+    }
 
     std::uint8_t* allocate(std::size_t n_bytes) {
         std::uint8_t* result = weights_->owned_->data() + n_used_;
@@ -201,15 +204,15 @@ private:
 
     const GgufFile& file_;
     const KernelTable& kernels_;
-    int n_threads_;
+    Threads& threads_;
     Weights* weights_;
     std::size_t n_used_ = 0;
     std::set<std::string> taken_;
 };
 
 Weights::Weights(const GgufFile& file, const Config& config, const KernelTable& kernels,
-                 int n_threads) {
-    WeightReader reader(file, kernels, n_threads, this);
+                 Threads& threads) {
+    WeightReader reader(file, kernels, threads, this);
     tok_embed = reader.matrix("token_embd.weight", config.vocab_size, config.dim);
     for (std::int32_t i = 0; i < config.n_layers; ++i) {
         const std::string layer = "blk." + std::to_string(i) + ".";

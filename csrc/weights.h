@@ -10,6 +10,7 @@
 #include "config.h"
 #include "gguf.h"
 #include "kernels/kernel_table.h"
+#include "parallel.h"
 
 namespace tinyllama {
 
@@ -49,7 +50,8 @@ public:
     // Copies everything out of the file, packed for the kernels; f16 becomes f32. Throws
     // Error(format_error) when a tensor is missing, of the wrong shape or not known,
     // Error(nonfinite) when a weight is NaN or infinite.
-    Weights(const GgufFile& file, const Config& config, const KernelTable& kernels, int n_threads);
+    Weights(const GgufFile& file, const Config& config, const KernelTable& kernels,
+            Threads& threads);
 
     Matrix tok_embed;  // (vocab_size, dim)
     std::vector<LayerWeights> layers;

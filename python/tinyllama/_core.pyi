@@ -11,8 +11,6 @@ __version__: str
 def supported_isas() -> list[str]:
     """Kernel sets this CPU can run, best first."""
 
-def has_openmp() -> bool: ...
-
 class GgufReader:
     """A parsed GGUF file: metadata and raw tensors (the one parser, for the Python side too)."""
 

@@ -91,7 +91,7 @@ class Model:
 
     def info(self) -> dict[str, Any]:
         """Facts about this model as it is loaded: path, dtype (of the matrices), isa (kernel set in
-        use), n_threads, n_threads_alone (for a step of a single token), openmp, parameters, bytes
+        use), n_threads, n_threads_alone (for a step of a single token), parameters, bytes
         (of the weights), kv_dtype, kv_bytes_per_token (memory that one token of context takes)."""
         return dict(self._core.info)
 
