@@ -244,30 +244,14 @@ void bind_session(py::module_& m) {
                  }
                  return py::array_t<float>(static_cast<py::ssize_t>(logits.size()), logits.data());
              })
+        .def_property_readonly("n_unread", &Session::n_unread)
+        .def("append", &Session::append, py::arg("tokens"))
         .def("rewind", &Session::rewind, py::arg("n_tokens"),
              py::call_guard<py::gil_scoped_release>())
         .def("fork", &Session::fork, py::arg("seed"), py::call_guard<py::gil_scoped_release>());
 
     m.def("forward", &feed_sessions, py::arg("sessions"), py::arg("tokens"),
           py::arg("all_logits") = false);
-    m.def(
-        "sample_each",
-        [](const std::vector<Session*>& sessions, const std::vector<const SamplingParams*>& params,
-           const std::vector<const StreamDecoder*>& texts) {
-            if (params.size() != sessions.size() || texts.size() != sessions.size()) {
-                throw Error(Status::invalid_argument, "sessions, params and texts must be as many");
-            }
-            std::vector<Draw> draws;
-            for (std::size_t i = 0; i < sessions.size(); ++i)
-                draws.push_back({sessions[i], params[i], texts[i]});
-            sample_each(draws);
-            Tokens tokens;
-            for (const Draw& draw : draws)
-                tokens.push_back(draw.token);
-            return tokens;
-        },
-        py::arg("sessions"), py::arg("params"), py::arg("texts"),
-        py::call_guard<py::gil_scoped_release>());
     m.def(
         "sample",
         [](Session& session, const SamplingParams& params, const StreamDecoder* text) {
@@ -291,8 +275,52 @@ py::list logprobs_of(const Request& request) {
 }
 
 std::optional<const char*> ending_name(Ending ending) {
-    if (ending == Ending::none) return std::nullopt;
-    return ending == Ending::stop ? "stop" : "length";
+    switch (ending) {
+        case Ending::none:
+            return std::nullopt;
+        case Ending::stop:
+            return "stop";
+        case Ending::length:
+            return "length";
+        case Ending::cancelled:
+            return "cancelled";
+        case Ending::deadline:
+            return "deadline";
+        default:
+            return "error";
+    }
+}
+
+py::dict stats_dict(Scheduler& scheduler) {
+    const Scheduler::Stats stats = scheduler.stats();
+    py::dict result;
+    result["n_live"] = stats.n_live;
+    result["n_waiting"] = stats.n_waiting;
+    result["tokens_read"] = stats.n_read;
+    result["tokens_drawn"] = stats.n_drawn;
+    result["pieces"] = stats.n_pieces;
+    result["spent_ms"] = 1e3 * stats.spent.count();
+    result["next_piece_ms"] = 1e3 * stats.next_piece.count();
+    return result;
+}
+
+// (request, token), or (request, None) for one that has ended.
+py::list events_list(const std::vector<Event>& events) {
+    py::list result;
+    for (const Event& event : events) {
+        const py::object token = event.token < 0 ? py::object(py::none()) : py::int_(event.token);
+        result.append(py::make_tuple(event.request, token));
+    }
+    return result;
+}
+
+Urgency urgency(std::int32_t priority, std::optional<double> deadline_ms) {
+    Urgency result{priority, Clock::time_point::max()};
+    if (deadline_ms)
+        result.deadline =
+            Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                               std::chrono::duration<double, std::milli>(*deadline_ms));
+    return result;
 }
 
 void bind_scheduler(py::module_& m) {
@@ -301,30 +329,50 @@ void bind_scheduler(py::module_& m) {
                          std::shared_ptr<StreamDecoder> decoder, const SamplingParams& params,
                          std::optional<std::int32_t> max_new_tokens, std::int32_t min_new_tokens,
                          Tokens end_tokens, std::vector<std::string> stops,
-                         std::optional<std::int32_t> n_top) {
+                         std::optional<std::int32_t> n_top, std::int32_t priority,
+                         std::optional<double> deadline_ms) {
                  Limits limits{max_new_tokens, min_new_tokens, std::move(end_tokens),
                                std::move(stops)};
-                 return std::make_shared<Request>(std::move(session), std::move(prompt),
-                                                  std::move(decoder), params, std::move(limits),
-                                                  n_top);
+                 return std::make_shared<Request>(std::move(session), prompt, std::move(decoder),
+                                                  params, std::move(limits), n_top,
+                                                  urgency(priority, deadline_ms));
              }),
              py::arg("session"), py::arg("prompt"), py::arg("decoder"), py::arg("params"),
              py::arg("max_new_tokens") = py::none(), py::arg("min_new_tokens") = 0,
              py::arg("end_tokens") = Tokens(), py::arg("stops") = std::vector<std::string>(),
-             py::arg("n_top") = py::none(), py::keep_alive<1, 4>())
+             py::arg("n_top") = py::none(), py::arg("priority") = 0,
+             py::arg("deadline_ms") = py::none(), py::keep_alive<1, 4>())
         .def_property_readonly("text", &Request::text)
         .def_property_readonly("tokens", &Request::tokens)
         .def_property_readonly("logprobs", &logprobs_of)
         .def_property_readonly("finish_reason",
                                [](const Request& self) { return ending_name(self.ending()); })
-        .def("take_text", &Request::take_text);
+        .def_property_readonly("paused", &Request::paused)
+        .def("take_text", &Request::take_text)
+        .def("rethrow", &Request::rethrow)
+        .def("cancel", &Request::cancel)
+        .def("pause", &Request::pause)
+        .def("resume", &Request::resume);
 
     py::class_<Scheduler>(m, "Scheduler")
-        .def(py::init<>())
+        .def(py::init([](std::shared_ptr<Model> model, std::int64_t max_live) {
+                 return std::make_unique<Scheduler>(std::move(model), max_live);
+             }),
+             py::arg("model"), py::arg("max_live") = 64)
         .def("submit", &Scheduler::submit, py::arg("request"))
         .def(
-            "step", [](Scheduler& self) { self.step(SignalCheck()); },
-            py::call_guard<py::gil_scoped_release>())
+            "step",
+            [](Scheduler& self, std::optional<double> budget_ms) {
+                const std::vector<Event>* events = nullptr;
+                {
+                    const py::gil_scoped_release release;
+                    events = budget_ms ? &self.step(Seconds(*budget_ms / 1e3), SignalCheck())
+                                       : &self.step(SignalCheck());
+                }
+                return events_list(*events);
+            },
+            py::arg("budget_ms") = py::none())
+        .def_property_readonly("stats", &stats_dict)
         .def(
             "run", [](Scheduler& self) { return self.run(SignalCheck()); },
             py::call_guard<py::gil_scoped_release>());

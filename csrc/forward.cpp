@@ -36,8 +36,10 @@ std::int64_t round_up(std::int64_t n, std::int64_t unit) { return (n + unit - 1)
 
 std::int64_t n_panels(const Matrix& w) { return (w.rows + panel_rows - 1) / panel_rows; }
 
+}  // namespace
+
 // The forms of one input that the matrices reading it ask for, beside floats.
-struct Asked {
+struct Pass::Asked {
     bool bf16 = false;
     bool q8 = false;
     Asked(std::initializer_list<const Matrix*> readers) {
@@ -46,359 +48,402 @@ struct Asked {
             q8 = q8 || w->dtype == DType::q8_0 || w->dtype == DType::q4_0;
         }
     }
+
+    // Makes room for n rows.
+    void fit(Forms* forms, std::int64_t n, std::int64_t width) const {
+        const auto size = [n](std::int64_t per_row) {
+            return static_cast<std::size_t>(n * per_row);
+        };
+        if (bf16) forms->bf16.resize(size(round_up(width, block_size)));
+        if (!q8) return;
+        forms->q8.resize(size(round_up(width, 64)));
+        forms->scales.resize(size(n_groups(width)));
+        forms->sums.resize(size(width / block_size));
+    }
 };
 
-void fit(Forms* forms, std::int64_t n, std::int64_t width, const Asked& asked) {
-    const auto size = [n](std::int64_t per_row) { return static_cast<std::size_t>(n * per_row); };
-    if (asked.bf16) forms->bf16.resize(size(round_up(width, block_size)));
-    if (!asked.q8) return;
-    forms->q8.resize(size(round_up(width, 64)));
-    forms->scales.resize(size(n_groups(width)));
-    forms->sums.resize(size(width / block_size));
+// What a product reads: rows of floats, and the forms of them that its weights ask for.
+struct Pass::Input {
+    const float* values;
+    const Forms* forms;
+};
+
+struct Pass::Product {
+    const Matrix* w;
+    float* y;  // (n, w->rows)
+};
+
+Pass::Pass(const Model& model) : model_(model), c_(model.config()), k_(model.kernels()) {
+    // A piece of the head is about as much work as half a layer.
+    const std::int64_t half_layer = (c_.q_dim() + c_.kv_dim()) * c_.dim + c_.hidden_dim * c_.dim;
+    const std::int64_t head = std::int64_t{c_.vocab_size} * c_.dim;
+    n_output_pieces_ = std::clamp<std::int64_t>(head / half_layer, 1, n_blocks());
+    n_pieces_ = n_done_ = 2 * c_.n_layers + n_output_pieces_;
 }
 
-class Pass {
-public:
-    Pass(const Model& model, const std::vector<Row>& rows, Workspace& workspace, const Tap* tap)
-        : model_(model),
-          c_(model.config()),
-          k_(model.kernels()),
-          rows_(rows),
-          ws_(workspace),
-          tap_(tap),
-          n_(static_cast<std::int64_t>(rows.size())) {
-        for (std::int64_t row = 0; row < n_; ++row) {
-            places_.push_back(static_cast<std::int64_t>(wanted_.size()));
-            if (at(row).logits != nullptr) wanted_.push_back(row);
-            if (row == 0 || at(row).cache != at(row - 1).cache) timelines_.push_back({row, row});
-            timelines_.back().end = row + 1;
-        }
-        allocate();
+void Pass::begin(const std::vector<Row>& rows, const Tap* tap) {
+    rows_ = rows;
+    tap_ = tap;
+    n_ = static_cast<std::int64_t>(rows.size());
+    n_positions_ = 0;
+    wanted_.clear();
+    places_.clear();
+    timelines_.clear();
+    for (std::int64_t row = 0; row < n_; ++row) {
+        n_positions_ += at(row).pos + 1;
+        places_.push_back(n_wanted());
+        if (at(row).logits != nullptr) wanted_.push_back(row);
+        if (row == 0 || at(row).cache != at(row - 1).cache) timelines_.push_back({row, row});
+        timelines_.back().end = row + 1;
     }
+    allocate();
+    all_finite_.store(true, std::memory_order_relaxed);
+    n_done_ = 0;
+}
 
-    int n_threads() const {
-        if (tap_ != nullptr) return 1;
-        const int most = n_ == 1 ? model_.n_threads_alone() : model_.threads().size();
-        const auto work = n_ * static_cast<std::int64_t>(model_.weights().n_parameters);
-        return static_cast<int>(std::clamp<std::int64_t>(work / min_work_per_thread, 1, most));
+Work Pass::next(std::int64_t i) const {
+    const std::int64_t piece_index = n_done_ + i, layer = piece_index / 2;
+    if (layer >= c_.n_layers) return piece(Work::Kind::output, n_wanted(), 0);
+    const bool first_half = piece_index % 2 == 0;
+    return first_half ? piece(Work::Kind::attention, n_, n_positions_)
+                      : piece(Work::Kind::feed_forward, n_after(layer), 0);
+}
+
+Work Pass::piece(Work::Kind kind, std::int64_t n, std::int64_t n_positions) const {
+    std::int64_t per_row = 0;
+    switch (kind) {
+        case Work::Kind::attention:
+            per_row = 2 * (c_.q_dim() + c_.kv_dim()) * c_.dim;
+            break;
+        case Work::Kind::feed_forward:
+            per_row = 3 * std::int64_t{c_.hidden_dim} * c_.dim;
+            break;
+        default:
+            per_row = std::int64_t{c_.vocab_size} * c_.dim / n_output_pieces_;
     }
+    return {kind, n, n * per_row + 2 * n_positions * c_.q_dim()};
+}
 
-    bool all_finite() const { return all_finite_.load(std::memory_order_relaxed); }
+std::int64_t Pass::n_pieces(Work::Kind kind) const {
+    return kind == Work::Kind::output ? n_output_pieces_ : c_.n_layers;
+}
 
-    void run(const Team& team) {
-        embed(team);
-        std::int64_t n = n_;
-        for (std::int32_t layer = 0; layer < c_.n_layers; ++layer) {
-            const LayerWeights& w = model_.weights().layers[static_cast<std::size_t>(layer)];
-            // Of most rows of a prompt the last layer owes only keys and values.
-            const bool last = layer + 1 == c_.n_layers && tap_ == nullptr;
-            if (last) n = static_cast<std::int64_t>(wanted_.size());
-            attention(team, layer, w, n);
-            if (n > 0) feed_forward(team, layer, w, n);
-        }
-        output(team);
+void Pass::advance(std::int64_t n) {
+    const std::int64_t end = std::min(n_done_ + n, n_pieces_);
+    if (end == n_done_) return;
+    model_.threads().run_team(n_threads(), [&](const Team& team) { do_pieces(team, end); });
+    n_done_ = end;
+}
+
+void Pass::drop(const KvCache& cache) {
+    for (Range& timeline : timelines_) {
+        if (at(timeline.begin).cache != &cache) continue;
+        for (std::int64_t row = timeline.begin; row < timeline.end; ++row)
+            rows_[static_cast<std::size_t>(row)].logits = nullptr;
+        timeline.end = timeline.begin;
     }
+}
 
-private:
-    void embed(const Team& team) {
-        const Matrix& table = model_.weights().tok_embed;
-        const std::int64_t n_pairs = c_.head_dim / 2;
-        const std::vector<double>& frequencies = model_.rope_frequencies();
-        const Range mine = team.share(n_);
-        for (std::int64_t row = mine.begin; row < mine.end; ++row) {
-            unpack_row(table.dtype, table.panels, at(row).token, x(row));
-            for (std::int64_t i = 0; i < n_pairs; ++i) {
-                const double angle = at(row).pos * frequencies[static_cast<std::size_t>(i)];
-                const auto to = static_cast<std::size_t>(row * n_pairs + i);
-                ws_.cos[to] = static_cast<float>(std::cos(angle));
-                ws_.sin[to] = static_cast<float>(std::sin(angle));
-            }
-        }
-        team.barrier();
-        show("tok_embed", ws_.x, c_.dim);
-    }
+bool Pass::run(const std::vector<Row>& rows, const Tap* tap) {
+    begin(rows, tap);
+    advance(n_left());
+    return all_finite();
+}
 
-    // From all n_ rows to the first n of them: those that go on, which have then moved there.
-    void attention(const Team& team, std::int32_t layer, const LayerWeights& w, std::int64_t n) {
-        const Input h = norm(team, w.attn_norm, {&w.wq, &w.wk, &w.wv}, n_);
-        show("attn_norm", ws_.normed[0], c_.dim, layer);
-        matmuls(team, h, {{&w.wq, ws_.q.data()}, {&w.wk, ws_.k.data()}, {&w.wv, ws_.v.data()}});
-        team.barrier();
-        const auto n_timelines = static_cast<std::int64_t>(timelines_.size());
-        const Range mine = team.share(n_timelines * c_.n_kv_heads);
-        for (std::int64_t unit = mine.begin; unit < mine.end; ++unit) {
-            attend(layer, timelines_[static_cast<std::size_t>(unit / c_.n_kv_heads)],
-                   unit % c_.n_kv_heads, n < n_);
-        }
-        if (n < n_ && team.thread() == 0) {
-            for (std::int64_t i = 0; i < n; ++i)
-                std::copy_n(x(wanted_[static_cast<std::size_t>(i)]), c_.dim, x(i));
-        }
-        team.barrier();
-        show("q", ws_.q, c_.q_dim(), layer);
-        show("k", ws_.k, c_.kv_dim(), layer);
-        show("v", ws_.v, c_.kv_dim(), layer);
-        show("attn", ws_.heads, c_.q_dim(), layer);
-        if (n > 0) add_product(team, w.wo, ws_.heads, c_.q_dim(), n);
-        show("attn_out", ws_.x, c_.dim, layer);
-    }
-
-    // One key head of one timeline, and the n_heads / n_kv_heads query heads that share it (Ainslie
-    // et al., arXiv 2305.13245): keys and values of the new rows go into the cache, then every
-    // query looks back over all positions up to its own; or only those of the rows that are wanted,
-    // which then move to their places.
-    void attend(std::int32_t layer, const Range& timeline, std::int64_t kv_head, bool only_wanted) {
-        const std::int64_t n_pairs = c_.head_dim / 2;
-        const std::int64_t group = c_.n_heads / c_.n_kv_heads;
-        const KvHead cache =
-            at(timeline.begin).cache->head(layer, static_cast<std::int32_t>(kv_head));
-        for (std::int64_t row = timeline.begin; row < timeline.end; ++row) {
-            const float* cos = ws_.cos.data() + row * n_pairs;
-            const float* sin = ws_.sin.data() + row * n_pairs;
-            const std::int64_t kv = row * c_.kv_dim() + kv_head * c_.head_dim;
-            k_.rope(query(row, kv_head * group), cos, sin, group, c_.head_dim);
-            k_.rope(ws_.k.data() + kv, cos, sin, 1, c_.head_dim);
-            k_.store_kv(cache, at(row).pos, ws_.k.data() + kv, ws_.v.data() + kv);
-        }
-        const float* q[max_queries];
-        float* out[max_queries];
-        std::int32_t n_positions[max_queries];
-        std::int64_t n = 0;
-        for (std::int64_t row = timeline.begin; row < timeline.end; ++row) {
-            if (only_wanted && at(row).logits == nullptr) continue;
-            const std::int64_t place = only_wanted ? places_[static_cast<std::size_t>(row)] : row;
-            for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-                q[n] = query(row, head);
-                out[n] = ws_.heads.data() + place * c_.q_dim() + head * c_.head_dim;
-                n_positions[n] = at(row).pos + 1;
-                if (++n < max_queries) continue;
-                k_.attend(out, q, n_positions, n, cache);
-                n = 0;
-            }
-        }
-        if (n > 0) k_.attend(out, q, n_positions, n, cache);
-    }
-
-    // silu(Wgate h) * (Wup h), each thread its units.
-    void feed_forward(const Team& team, std::int32_t layer, const LayerWeights& w, std::int64_t n) {
-        const Input h = norm(team, w.ffn_norm, {&w.w_gate, &w.w_up}, n);
-        show("ffn_norm", ws_.normed[0], c_.dim, layer);
-        const Range mine = team.share(n_panels(w.w_gate));
-        matmul(w.w_gate, h, {ws_.hidden.data(), c_.hidden_dim, false}, n, mine);
-        matmul(w.w_up, h, {ws_.up.data(), c_.hidden_dim, false}, n, mine);
-        const std::int64_t begin = mine.begin * panel_rows;
-        const std::int64_t end = std::min<std::int64_t>(mine.end * panel_rows, c_.hidden_dim);
-        for (std::int64_t row = 0; row < n && begin < end; ++row) {
-            float* gate = ws_.hidden.data() + row * c_.hidden_dim + begin;
-            k_.swiglu(gate, gate, ws_.up.data() + row * c_.hidden_dim + begin, end - begin);
-        }
-        team.barrier();
-        show("ffn_hidden", ws_.hidden, c_.hidden_dim, layer);
-        add_product(team, w.w_down, ws_.hidden, c_.hidden_dim, n);
-        show("ffn_out", ws_.x, c_.dim, layer);
-    }
-
-    // Only rows whose logits somebody asked for take part.
-    void output(const Team& team) {
-        const auto n = static_cast<std::int64_t>(wanted_.size());
-        if (n == 0) return;
-        const Matrix& head = model_.weights().lm_head;
-        // With a tap the rows have stayed where they were.
-        const Input h = norm(team, model_.weights().final_norm, {&head}, n, tap_ != nullptr);
-        show("final_norm", ws_.normed[0], c_.dim);
-        const std::int64_t n_all = n_panels(head);
-        const Range blocks = team.share(round_up(n_all, block_panels) / block_panels);
-        const Range mine{blocks.begin * block_panels, std::min(blocks.end * block_panels, n_all)};
-        const std::int64_t width = head_panels * panel_rows;
-        float* tile = ws_.logits.data() + team.thread() * n * width;
-        std::int32_t largest = 0;
-        for (std::int64_t panel = mine.begin; panel < mine.end; panel += head_panels) {
-            const Range some{panel, std::min(panel + head_panels, mine.end)};
-            const std::int64_t begin = panel * panel_rows;
-            const std::int64_t end = std::min<std::int64_t>(some.end * panel_rows, head.rows);
-            // A kernel writes row r at y + r, and the tile begins with row `begin`.
-            matmul(head, h, {tile - begin, width, false}, n, some);
-            for (std::int64_t i = 0; i < n; ++i) {
-                const Row& row = at(wanted_[static_cast<std::size_t>(i)]);
-                float* const maxima =
-                    row.maxima == nullptr ? nullptr : row.maxima + begin / weigh_block;
-                largest = std::max(largest, k_.hand_out(row.logits + begin, maxima,
-                                                        tile + i * width, end - begin));
-            }
-        }
-        if (largest >= 0x7f800000) all_finite_.store(false, std::memory_order_relaxed);
-        if (tap_ == nullptr) return;
-        std::vector<float> logits;
-        for (const std::int64_t row : wanted_)
-            logits.insert(logits.end(), at(row).logits, at(row).logits + c_.vocab_size);
-        show("logits", logits, c_.vocab_size);
-    }
-
-    // What a product reads: rows of floats, and the forms of them that its weights ask for.
-    struct Input {
-        const float* values;
-        const Forms* forms;
-    };
-
-    // rms_norm of the first n rows of x, or of those wanted, in the forms their readers ask for. A
-    // single row costs less to compute on every thread than to wait for.
-    Input norm(const Team& team, const float* weight, const Asked& asked, std::int64_t n,
-               bool of_wanted = false) {
-        const bool alone = n == 1;
-        const auto slot = static_cast<std::size_t>(alone ? team.thread() : 0);
-        float* const values = ws_.normed[slot].data();
-        const Range mine = alone ? Range{0, 1} : team.share(n);
-        for (std::int64_t i = mine.begin; i < mine.end; ++i) {
-            const std::int64_t row = of_wanted ? wanted_[static_cast<std::size_t>(i)] : i;
-            k_.rms_norm(values + i * c_.dim, x(row), weight, c_.dim, c_.norm_eps);
-            convert(&ws_.forms[slot], i, values + i * c_.dim, c_.dim, asked);
-        }
-        if (!alone) team.barrier();
-        return {values, &ws_.forms[slot]};
-    }
-
-    // n rows that all threads can read, likewise.
-    Input converted(const Team& team, const std::vector<float>& rows, std::int64_t width,
-                    const Asked& asked, std::int64_t n) {
-        const bool alone = n == 1;
-        const auto slot = static_cast<std::size_t>(alone ? team.thread() : 0);
-        const Range mine = alone ? Range{0, 1} : team.share(n);
-        for (std::int64_t row = mine.begin; row < mine.end; ++row)
-            convert(&ws_.forms[slot], row, rows.data() + row * width, width, asked);
-        if (!alone && (asked.bf16 || asked.q8)) team.barrier();
-        return {rows.data(), &ws_.forms[slot]};
-    }
-
-    void convert(Forms* forms, std::int64_t row, const float* values, std::int64_t width,
-                 const Asked& asked) {
-        if (asked.bf16) {
-            k_.round_bf16(forms->bf16.data() + row * round_up(width, block_size), values, width);
-        }
-        if (!asked.q8) return;
-        k_.quantize_q8(forms->q8.data() + row * round_up(width, 64),
-                       forms->scales.data() + row * n_groups(width),
-                       forms->sums.data() + row * (width / block_size), values, width);
-    }
-
-    struct Product {
-        const Matrix* w;
-        float* y;  // (n, w->rows)
-    };
-
-    // Several matrices of one input, shared out as if they were one.
-    void matmuls(const Team& team, const Input& h, std::initializer_list<Product> products) {
-        std::int64_t total = 0;
-        for (const Product& product : products)
-            total += n_panels(*product.w);
-        const Range mine = team.share(total);
-        std::int64_t first = 0;
-        for (const Product& product : products) {
-            const std::int64_t n = n_panels(*product.w);
-            const Range some{std::clamp<std::int64_t>(mine.begin - first, 0, n),
-                             std::clamp<std::int64_t>(mine.end - first, 0, n)};
-            matmul(*product.w, h, {product.y, product.w->rows, false}, n_, some);
-            first += n;
+void Pass::do_pieces(const Team& team, std::int64_t end) {
+    const std::int64_t n_layer_pieces = 2 * c_.n_layers;
+    for (std::int64_t piece = n_done_; piece < std::min(end, n_layer_pieces); ++piece) {
+        if (piece == 0) embed(team);
+        const auto layer = static_cast<std::int32_t>(piece / 2);
+        const LayerWeights& w = model_.weights().layers[static_cast<std::size_t>(layer)];
+        if (piece % 2 == 0) {
+            attention(team, layer, w, n_after(layer));
+        } else if (n_after(layer) > 0) {
+            feed_forward(team, layer, w, n_after(layer));
         }
     }
+    if (end > n_layer_pieces && n_wanted() > 0)
+        output(team, std::max(n_done_, n_layer_pieces) - n_layer_pieces, end - n_layer_pieces);
+}
 
-    // x += W rows
-    void add_product(const Team& team, const Matrix& w, const std::vector<float>& rows,
-                     std::int64_t width, std::int64_t n) {
-        const Input h = converted(team, rows, width, {&w}, n);
-        matmul(w, h, {ws_.x.data(), c_.dim, true}, n, team.share(n_panels(w)));
-        team.barrier();
-    }
+int Pass::n_threads() const {
+    if (tap_ != nullptr) return 1;
+    const int most = n_ == 1 ? model_.n_threads_alone() : model_.threads().size();
+    const auto work = n_ * static_cast<std::int64_t>(model_.weights().n_parameters);
+    return static_cast<int>(std::clamp<std::int64_t>(work / min_work_per_thread, 1, most));
+}
 
-    void matmul(const Matrix& w, const Input& h, const Output& y, std::int64_t n,
-                const Range& panels) {
-        if (panels.begin >= panels.end) return;
-        const std::int64_t cols = w.cols;
-        const Forms& f = *h.forms;
-        if (w.dtype == DType::f32) {
-            k_.matmul_f32(y, w.panels, h.values, cols, n, panels.begin, panels.end);
-        } else if (w.dtype == DType::bf16) {
-            k_.matmul_bf16(y, w.panels, f.bf16.data(), round_up(cols, block_size), n, panels.begin,
-                           panels.end);
-        } else {
-            const auto kernel = w.dtype == DType::q8_0 ? k_.matmul_q8_0 : k_.matmul_q4_0;
-            kernel(y, w.panels, {f.q8.data(), f.scales.data(), f.sums.data(), round_up(cols, 64)},
-                   n, panels.begin, panels.end);
+// Rows that go on from a layer: of most rows of a prompt the last one owes only keys and values.
+std::int64_t Pass::n_after(std::int64_t layer) const {
+    return layer + 1 == c_.n_layers && tap_ == nullptr ? n_wanted() : n_;
+}
+
+std::int64_t Pass::n_blocks() const {
+    return round_up(n_panels(model_.weights().lm_head), block_panels) / block_panels;
+}
+
+void Pass::embed(const Team& team) {
+    const Matrix& table = model_.weights().tok_embed;
+    const std::int64_t n_pairs = c_.head_dim / 2;
+    const std::vector<double>& frequencies = model_.rope_frequencies();
+    const Range mine = team.share(n_);
+    for (std::int64_t row = mine.begin; row < mine.end; ++row) {
+        unpack_row(table.dtype, table.panels, at(row).token, x(row));
+        for (std::int64_t i = 0; i < n_pairs; ++i) {
+            const double angle = at(row).pos * frequencies[static_cast<std::size_t>(i)];
+            const auto to = static_cast<std::size_t>(row * n_pairs + i);
+            cos_[to] = static_cast<float>(std::cos(angle));
+            sin_[to] = static_cast<float>(std::sin(angle));
         }
     }
+    team.barrier();
+    show("tok_embed", x_, c_.dim);
+}
 
-    void show(const char* stage, const std::vector<float>& values, std::int64_t width,
-              std::int32_t layer = -1) const {
-        if (tap_ == nullptr) return;
-        const std::string prefix = layer < 0 ? "" : "layers." + std::to_string(layer) + ".";
-        (*tap_)(prefix + stage, values.data(), static_cast<std::int64_t>(values.size()) / width,
-                width);
+// From all n_ rows to the first n of them: those that go on, which have then moved there.
+void Pass::attention(const Team& team, std::int32_t layer, const LayerWeights& w, std::int64_t n) {
+    const Input h = norm(team, w.attn_norm, {&w.wq, &w.wk, &w.wv}, n_);
+    show("attn_norm", normed_[0], c_.dim, layer);
+    matmuls(team, h, {{&w.wq, q_.data()}, {&w.wk, keys_.data()}, {&w.wv, values_.data()}});
+    team.barrier();
+    const auto n_timelines = static_cast<std::int64_t>(timelines_.size());
+    const Range mine = team.share(n_timelines * c_.n_kv_heads);
+    for (std::int64_t unit = mine.begin; unit < mine.end; ++unit) {
+        attend(layer, timelines_[static_cast<std::size_t>(unit / c_.n_kv_heads)],
+               unit % c_.n_kv_heads, n < n_);
     }
+    if (n < n_ && team.thread() == 0) {
+        for (std::int64_t i = 0; i < n; ++i)
+            std::copy_n(x(wanted_[static_cast<std::size_t>(i)]), c_.dim, x(i));
+    }
+    team.barrier();
+    show("q", q_, c_.q_dim(), layer);
+    show("k", keys_, c_.kv_dim(), layer);
+    show("v", values_, c_.kv_dim(), layer);
+    show("attn", heads_, c_.q_dim(), layer);
+    if (n > 0) add_product(team, w.wo, heads_, c_.q_dim(), n);
+    show("attn_out", x_, c_.dim, layer);
+}
 
-    void allocate() {
-        const auto n_teammates = static_cast<std::size_t>(model_.threads().size());
-        const auto n_wanted = static_cast<std::int64_t>(wanted_.size());
-        const auto size = [this](std::int64_t width) {
-            return static_cast<std::size_t>(n_ * width);
-        };
-        ws_.x.resize(size(c_.dim));
-        ws_.q.resize(size(c_.q_dim()));
-        ws_.k.resize(size(c_.kv_dim()));
-        ws_.v.resize(size(c_.kv_dim()));
-        ws_.heads.resize(size(c_.q_dim()));
-        ws_.hidden.resize(size(c_.hidden_dim));
-        ws_.up.resize(size(c_.hidden_dim));
-        ws_.cos.resize(size(c_.head_dim / 2));
-        ws_.sin.resize(size(c_.head_dim / 2));
-        ws_.logits.resize(n_teammates *
-                          static_cast<std::size_t>(n_wanted * head_panels * panel_rows));
-        ws_.normed.resize(n_teammates);
-        ws_.forms.resize(n_teammates);
-        const Asked all = asked_by_model();
-        const std::int64_t widest = std::max<std::int64_t>({c_.dim, c_.q_dim(), c_.hidden_dim});
-        for (std::size_t i = 0; i < n_teammates; ++i) {
-            const std::int64_t n = i == 0 ? n_ : 1;
-            ws_.normed[i].resize(static_cast<std::size_t>(n * c_.dim));
-            fit(&ws_.forms[i], n, widest, all);
+// One key head of one timeline, and the n_heads / n_kv_heads query heads that share it (Ainslie
+// et al., arXiv 2305.13245): keys and values of the new rows go into the cache, then every
+// query looks back over all positions up to its own; or only those of the rows that are wanted,
+// which then move to their places.
+void Pass::attend(std::int32_t layer, const Range& timeline, std::int64_t kv_head,
+                  bool only_wanted) {
+    if (timeline.begin == timeline.end) return;  // dropped
+    const std::int64_t n_pairs = c_.head_dim / 2;
+    const std::int64_t group = c_.n_heads / c_.n_kv_heads;
+    const KvHead cache = at(timeline.begin).cache->head(layer, static_cast<std::int32_t>(kv_head));
+    for (std::int64_t row = timeline.begin; row < timeline.end; ++row) {
+        const float* cos = cos_.data() + row * n_pairs;
+        const float* sin = sin_.data() + row * n_pairs;
+        const std::int64_t kv = row * c_.kv_dim() + kv_head * c_.head_dim;
+        k_.rope(query(row, kv_head * group), cos, sin, group, c_.head_dim);
+        k_.rope(keys_.data() + kv, cos, sin, 1, c_.head_dim);
+        k_.store_kv(cache, at(row).pos, keys_.data() + kv, values_.data() + kv);
+    }
+    const float* q[max_queries];
+    float* out[max_queries];
+    std::int32_t n_positions[max_queries];
+    std::int64_t n = 0;
+    for (std::int64_t row = timeline.begin; row < timeline.end; ++row) {
+        if (only_wanted && at(row).logits == nullptr) continue;
+        const std::int64_t place = only_wanted ? places_[static_cast<std::size_t>(row)] : row;
+        for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+            q[n] = query(row, head);
+            out[n] = heads_.data() + place * c_.q_dim() + head * c_.head_dim;
+            n_positions[n] = at(row).pos + 1;
+            if (++n < max_queries) continue;
+            k_.attend(out, q, n_positions, n, cache);
+            n = 0;
         }
     }
+    if (n > 0) k_.attend(out, q, n_positions, n, cache);
+}
 
-    Asked asked_by_model() const {
-        Asked all{&model_.weights().lm_head};
-        for (const LayerWeights& w : model_.weights().layers) {
-            const Asked of_layer{&w.wq, &w.wk, &w.wv, &w.wo, &w.w_gate, &w.w_up, &w.w_down};
-            all.bf16 = all.bf16 || of_layer.bf16;
-            all.q8 = all.q8 || of_layer.q8;
+// silu(Wgate h) * (Wup h), each thread its units.
+void Pass::feed_forward(const Team& team, std::int32_t layer, const LayerWeights& w,
+                        std::int64_t n) {
+    const Input h = norm(team, w.ffn_norm, {&w.w_gate, &w.w_up}, n);
+    show("ffn_norm", normed_[0], c_.dim, layer);
+    const Range mine = team.share(n_panels(w.w_gate));
+    matmul(w.w_gate, h, {hidden_.data(), c_.hidden_dim, false}, n, mine);
+    matmul(w.w_up, h, {up_.data(), c_.hidden_dim, false}, n, mine);
+    const std::int64_t begin = mine.begin * panel_rows;
+    const std::int64_t end = std::min<std::int64_t>(mine.end * panel_rows, c_.hidden_dim);
+    for (std::int64_t row = 0; row < n && begin < end; ++row) {
+        float* gate = hidden_.data() + row * c_.hidden_dim + begin;
+        k_.swiglu(gate, gate, up_.data() + row * c_.hidden_dim + begin, end - begin);
+    }
+    team.barrier();
+    show("ffn_hidden", hidden_, c_.hidden_dim, layer);
+    add_product(team, w.w_down, hidden_, c_.hidden_dim, n);
+    show("ffn_out", x_, c_.dim, layer);
+}
+
+// Only rows whose logits somebody asked for take part. Pieces [first, last) of the head.
+void Pass::output(const Team& team, std::int64_t first, std::int64_t last) {
+    const std::int64_t n = n_wanted();
+    const Matrix& head = model_.weights().lm_head;
+    // With a tap the rows have stayed where they were.
+    const Input h = norm(team, model_.weights().final_norm, {&head}, n, tap_ != nullptr);
+    show("final_norm", normed_[0], c_.dim);
+    const std::int64_t n_all = n_panels(head);
+    const std::int64_t begin_block = n_blocks() * first / n_output_pieces_;
+    const Range blocks = team.share(n_blocks() * last / n_output_pieces_ - begin_block);
+    const Range mine{(begin_block + blocks.begin) * block_panels,
+                     std::min((begin_block + blocks.end) * block_panels, n_all)};
+    const std::int64_t width = head_panels * panel_rows;
+    float* tile = logits_.data() + team.thread() * n * width;
+    std::int32_t largest = 0;
+    for (std::int64_t panel = mine.begin; panel < mine.end; panel += head_panels) {
+        const Range some{panel, std::min(panel + head_panels, mine.end)};
+        const std::int64_t begin = panel * panel_rows;
+        const std::int64_t end = std::min<std::int64_t>(some.end * panel_rows, head.rows);
+        // A kernel writes row r at y + r, and the tile begins with row `begin`.
+        matmul(head, h, {tile - begin, width, false}, n, some);
+        for (std::int64_t i = 0; i < n; ++i) {
+            const Row& row = at(wanted_[static_cast<std::size_t>(i)]);
+            if (row.logits == nullptr) continue;  // dropped
+            float* const maxima =
+                row.maxima == nullptr ? nullptr : row.maxima + begin / weigh_block;
+            largest = std::max(
+                largest, k_.hand_out(row.logits + begin, maxima, tile + i * width, end - begin));
         }
-        return all;
     }
+    if (largest >= 0x7f800000) all_finite_.store(false, std::memory_order_relaxed);
+    if (tap_ == nullptr || last < n_output_pieces_) return;
+    std::vector<float> logits;
+    for (const std::int64_t row : wanted_)
+        logits.insert(logits.end(), at(row).logits, at(row).logits + c_.vocab_size);
+    show("logits", logits, c_.vocab_size);
+}
 
-    const Row& at(std::int64_t row) const { return rows_[static_cast<std::size_t>(row)]; }
-    float* x(std::int64_t row) { return ws_.x.data() + row * c_.dim; }
-    float* query(std::int64_t row, std::int64_t head) {
-        return ws_.q.data() + row * c_.q_dim() + head * c_.head_dim;
+// rms_norm of the first n rows of x, or of those wanted, in the forms their readers ask for. A
+// single row costs less to compute on every thread than to wait for.
+Pass::Input Pass::norm(const Team& team, const float* weight, const Asked& asked, std::int64_t n,
+                       bool of_wanted) {
+    const bool alone = n == 1;
+    const auto slot = static_cast<std::size_t>(alone ? team.thread() : 0);
+    float* const values = normed_[slot].data();
+    const Range mine = alone ? Range{0, 1} : team.share(n);
+    for (std::int64_t i = mine.begin; i < mine.end; ++i) {
+        const std::int64_t row = of_wanted ? wanted_[static_cast<std::size_t>(i)] : i;
+        k_.rms_norm(values + i * c_.dim, x(row), weight, c_.dim, c_.norm_eps);
+        convert(&forms_[slot], i, values + i * c_.dim, c_.dim, asked);
     }
+    if (!alone) team.barrier();
+    return {values, &forms_[slot]};
+}
 
-    const Model& model_;
-    const Config& c_;
-    const KernelTable& k_;
-    const std::vector<Row>& rows_;
-    Workspace& ws_;
-    const Tap* tap_;
-    std::int64_t n_;
-    std::vector<std::int64_t> wanted_;  // rows whose logits are asked for
-    std::vector<std::int64_t> places_;  // of every row, if it is wanted: where in wanted_
-    std::vector<Range> timelines_;      // rows of one timeline each
-    std::atomic<bool> all_finite_{true};
-};
+// n rows that all threads can read, likewise.
+Pass::Input Pass::converted(const Team& team, const std::vector<float>& rows, std::int64_t width,
+                            const Asked& asked, std::int64_t n) {
+    const bool alone = n == 1;
+    const auto slot = static_cast<std::size_t>(alone ? team.thread() : 0);
+    const Range mine = alone ? Range{0, 1} : team.share(n);
+    for (std::int64_t row = mine.begin; row < mine.end; ++row)
+        convert(&forms_[slot], row, rows.data() + row * width, width, asked);
+    if (!alone && (asked.bf16 || asked.q8)) team.barrier();
+    return {rows.data(), &forms_[slot]};
+}
 
-}  // namespace
+void Pass::convert(Forms* forms, std::int64_t row, const float* values, std::int64_t width,
+                   const Asked& asked) {
+    if (asked.bf16) {
+        k_.round_bf16(forms->bf16.data() + row * round_up(width, block_size), values, width);
+    }
+    if (!asked.q8) return;
+    k_.quantize_q8(forms->q8.data() + row * round_up(width, 64),
+                   forms->scales.data() + row * n_groups(width),
+                   forms->sums.data() + row * (width / block_size), values, width);
+}
 
-bool forward(const Model& model, const std::vector<Row>& rows, Workspace& workspace,
-             const Tap* tap) {
-    if (rows.empty()) return true;
-    Pass pass(model, rows, workspace, tap);
-    model.threads().run_team(pass.n_threads(), [&](const Team& team) { pass.run(team); });
-    return pass.all_finite();
+// Several matrices of one input, shared out as if they were one.
+void Pass::matmuls(const Team& team, const Input& h, std::initializer_list<Product> products) {
+    std::int64_t total = 0;
+    for (const Product& product : products)
+        total += n_panels(*product.w);
+    const Range mine = team.share(total);
+    std::int64_t first = 0;
+    for (const Product& product : products) {
+        const std::int64_t n = n_panels(*product.w);
+        const Range some{std::clamp<std::int64_t>(mine.begin - first, 0, n),
+                         std::clamp<std::int64_t>(mine.end - first, 0, n)};
+        matmul(*product.w, h, {product.y, product.w->rows, false}, n_, some);
+        first += n;
+    }
+}
+
+// x += W rows
+void Pass::add_product(const Team& team, const Matrix& w, const std::vector<float>& rows,
+                       std::int64_t width, std::int64_t n) {
+    const Input h = converted(team, rows, width, {&w}, n);
+    matmul(w, h, {x_.data(), c_.dim, true}, n, team.share(n_panels(w)));
+    team.barrier();
+}
+
+void Pass::matmul(const Matrix& w, const Input& h, const Output& y, std::int64_t n,
+                  const Range& panels) {
+    if (panels.begin >= panels.end) return;
+    const std::int64_t cols = w.cols;
+    const Forms& f = *h.forms;
+    if (w.dtype == DType::f32) {
+        k_.matmul_f32(y, w.panels, h.values, cols, n, panels.begin, panels.end);
+    } else if (w.dtype == DType::bf16) {
+        k_.matmul_bf16(y, w.panels, f.bf16.data(), round_up(cols, block_size), n, panels.begin,
+                       panels.end);
+    } else {
+        const auto kernel = w.dtype == DType::q8_0 ? k_.matmul_q8_0 : k_.matmul_q4_0;
+        kernel(y, w.panels, {f.q8.data(), f.scales.data(), f.sums.data(), round_up(cols, 64)}, n,
+               panels.begin, panels.end);
+    }
+}
+
+void Pass::show(const char* stage, const std::vector<float>& values, std::int64_t width,
+                std::int32_t layer) const {
+    if (tap_ == nullptr) return;
+    const std::string prefix = layer < 0 ? "" : "layers." + std::to_string(layer) + ".";
+    (*tap_)(prefix + stage, values.data(), static_cast<std::int64_t>(values.size()) / width, width);
+}
+
+void Pass::allocate() {
+    const auto n_teammates = static_cast<std::size_t>(model_.threads().size());
+    const auto size = [this](std::int64_t width) { return static_cast<std::size_t>(n_ * width); };
+    x_.resize(size(c_.dim));
+    q_.resize(size(c_.q_dim()));
+    keys_.resize(size(c_.kv_dim()));
+    values_.resize(size(c_.kv_dim()));
+    heads_.resize(size(c_.q_dim()));
+    hidden_.resize(size(c_.hidden_dim));
+    up_.resize(size(c_.hidden_dim));
+    cos_.resize(size(c_.head_dim / 2));
+    sin_.resize(size(c_.head_dim / 2));
+    logits_.resize(n_teammates * static_cast<std::size_t>(n_wanted() * head_panels * panel_rows));
+    normed_.resize(n_teammates);
+    forms_.resize(n_teammates);
+    const Asked all = asked_by_model();
+    const std::int64_t widest = std::max<std::int64_t>({c_.dim, c_.q_dim(), c_.hidden_dim});
+    for (std::size_t i = 0; i < n_teammates; ++i) {
+        const std::int64_t n = i == 0 ? n_ : 1;
+        normed_[i].resize(static_cast<std::size_t>(n * c_.dim));
+        all.fit(&forms_[i], n, widest);
+    }
+}
+
+Pass::Asked Pass::asked_by_model() const {
+    Asked all{&model_.weights().lm_head};
+    for (const LayerWeights& w : model_.weights().layers) {
+        const Asked of_layer{&w.wq, &w.wk, &w.wv, &w.wo, &w.w_gate, &w.w_up, &w.w_down};
+        all.bf16 = all.bf16 || of_layer.bf16;
+        all.q8 = all.q8 || of_layer.q8;
+    }
+    return all;
+}
+
+float* Pass::query(std::int64_t row, std::int64_t head) {
+    return q_.data() + row * c_.q_dim() + head * c_.head_dim;
 }
 
 }  // namespace tinyllama

@@ -89,20 +89,19 @@ Model::~Model() = default;
 // Tries n, n / 2, ..., 1 threads, a few steps each, as long as fewer cost little: waking others has
 // a price that these steps, one right after the other, do not show. A long step needs no trial.
 void Model::choose_threads_alone() {
-    using Clock = std::chrono::steady_clock;
     constexpr std::chrono::milliseconds long_step(4);
     KvCache cache(kv_layout_);
     cache.reserve(0, 1);
     std::vector<float> logits(static_cast<std::size_t>(config_.vocab_size));
     const std::vector<Row> rows{{&cache, 0, 0, logits.data()}};
-    Workspace workspace;
+    Pass pass(*this);
     Clock::duration best = Clock::duration::max();
     for (int n = threads_.size(), chosen = n; n >= 1 && threads_.size() > 1; n /= 2) {
         n_threads_alone_ = n;
         Clock::duration shortest = Clock::duration::max();
         for (int step = 0; step < 5; ++step) {
             const Clock::time_point start = Clock::now();
-            forward(*this, rows, workspace);
+            pass.run(rows);
             shortest = std::min(shortest, Clock::now() - start);
             if (step == 1 && shortest > long_step) return;
         }
@@ -115,17 +114,17 @@ void Model::choose_threads_alone() {
     }
 }
 
-std::unique_ptr<Workspace> Model::borrow_workspace() const {
+std::unique_ptr<Pass> Model::borrow_pass() const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (workspaces_.empty()) return std::make_unique<Workspace>();
-    std::unique_ptr<Workspace> workspace = std::move(workspaces_.back());
-    workspaces_.pop_back();
-    return workspace;
+    if (passes_.empty()) return std::make_unique<Pass>(*this);
+    std::unique_ptr<Pass> pass = std::move(passes_.back());
+    passes_.pop_back();
+    return pass;
 }
 
-void Model::return_workspace(std::unique_ptr<Workspace> workspace) const {
+void Model::return_pass(std::unique_ptr<Pass> pass) const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    workspaces_.push_back(std::move(workspace));
+    passes_.push_back(std::move(pass));
 }
 
 }  // namespace tinyllama

@@ -17,7 +17,7 @@
 
 namespace tinyllama {
 
-struct Workspace;
+class Pass;
 
 struct ModelOptions {
     int n_threads = 0;             // 0: as many as physical cores allowed to the process
@@ -47,9 +47,9 @@ public:
     // The angle by which pair i of a head turns per position, (head_dim / 2).
     const std::vector<double>& rope_frequencies() const { return rope_frequencies_; }
 
-    // Scratch memory for one forward pass, lent until returned; it keeps its size between uses.
-    std::unique_ptr<Workspace> borrow_workspace() const;
-    void return_workspace(std::unique_ptr<Workspace> workspace) const;
+    // A forward pass with its memory, lent until returned.
+    std::unique_ptr<Pass> borrow_pass() const;
+    void return_pass(std::unique_ptr<Pass> pass) const;
 
 private:
     Model(const std::string& name, const GgufFile& file, const Config& config,
@@ -66,7 +66,7 @@ private:
     KvLayout kv_layout_;
     std::vector<double> rope_frequencies_;
     mutable std::mutex mutex_;
-    mutable std::vector<std::unique_ptr<Workspace>> workspaces_;
+    mutable std::vector<std::unique_ptr<Pass>> passes_;
 };
 
 }  // namespace tinyllama

@@ -1,6 +1,7 @@
 #include "scheduler.h"
 
 #include <algorithm>
+#include <cmath>
 
 namespace tinyllama {
 namespace {
@@ -14,18 +15,29 @@ std::size_t overlap(std::string_view text, std::string_view stop) {
     return 0;
 }
 
+// Of what is left of a budget, at most this much is spent before the clock is looked at again.
+constexpr double part_at_once = 0.5;
+// A pass of which any piece costs more than this much of a whole step's budget has too many rows.
+constexpr double largest_piece = 0.25;
+// What reading prompts may add to a pass of those who speak, in passes of theirs.
+constexpr double patience = 1.0;
+
 }  // namespace
 
-Request::Request(std::shared_ptr<Session> session, std::vector<std::int32_t> prompt,
+Request::Request(std::shared_ptr<Session> session, const std::vector<std::int32_t>& prompt,
                  std::shared_ptr<StreamDecoder> decoder, const SamplingParams& params,
-                 Limits limits, std::optional<std::int32_t> n_top)
+                 Limits limits, std::optional<std::int32_t> n_top, Urgency urgency)
     : session_(std::move(session)),
-      unread_(std::move(prompt)),
       decoder_(std::move(decoder)),
       params_(params),
       limits_(std::move(limits)),
-      n_top_(n_top) {
-    const auto n_prompt = session_->n_tokens() + static_cast<std::int32_t>(unread_.size());
+      n_top_(n_top),
+      urgency_(urgency) {
+    validate(params_, session_->model().config().vocab_size);
+    session_->append(prompt);
+    const std::int32_t n_prompt = session_->n_tokens();
+    if (n_prompt == 0)
+        throw Error(Status::invalid_argument, "there is nothing to continue: the session is empty");
     params_.n_prompt_tokens = n_prompt;
     early_params_ = params_;
     early_params_.banned.insert(early_params_.banned.end(), limits_.end_tokens.begin(),
@@ -33,6 +45,16 @@ Request::Request(std::shared_ptr<Session> session, std::vector<std::int32_t> pro
     room_ = session_->model().config().max_seq_len - n_prompt;
     room_ = std::min<std::int64_t>(room_, limits_.max_new_tokens.value_or(room_));
     if (room_ <= 0) end(Ending::length);
+}
+
+void Request::pause() {
+    Wish run = Wish::run;
+    wish_.compare_exchange_strong(run, Wish::pause);
+}
+
+void Request::resume() {
+    Wish pause = Wish::pause;
+    wish_.compare_exchange_strong(pause, Wish::run);
 }
 
 std::string_view Request::take_text() {
@@ -58,7 +80,7 @@ void Request::accept(std::int32_t token) {
             {token, session_->log_probability(token), session_->top_log_probabilities(*n_top_)});
     }
     tokens_.push_back(token);
-    unread_.assign(1, token);
+    session_->append({token});
     append(decoder_->push(token));
     // A character that the limit cuts in two is left out: half of it means nothing.
     if (ending_ == Ending::none && static_cast<std::int64_t>(tokens_.size()) == room_)
@@ -86,47 +108,347 @@ void Request::end(Ending ending) {
     n_certain_ = text_.size();
 }
 
-void Scheduler::step(const Check& check) {
-    read(check);
-    draw();
-    read(check);
+// When a step has to be over.
+struct Scheduler::Budget {
+    static constexpr Seconds unlimited{std::numeric_limits<double>::infinity()};
+
+    explicit Budget(Seconds all) : whole(all), start(Clock::now()) {}
+    bool limited() const { return whole < unlimited; }
+    Seconds left() const { return limited() ? Seconds(whole - (Clock::now() - start)) : unlimited; }
+
+    Seconds whole;
+    Clock::time_point start;
+    bool untouched = true;  // nothing was done yet
+};
+
+// One thread steps at a time.
+class Scheduler::Turn {
+public:
+    explicit Turn(Scheduler& scheduler) : scheduler_(scheduler) {
+        if (scheduler.in_use_.exchange(true))
+            throw Error(Status::busy, "the scheduler is in use by another thread");
+    }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+    ~Turn() { scheduler_.in_use_.store(false); }
+
+private:
+    Scheduler& scheduler_;
+};
+
+Scheduler::Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live)
+    : model_(std::move(model)), max_live_(max_live), pass_(std::make_unique<Pass>(*model_)) {}
+
+Scheduler::~Scheduler() {
+    for (const Part& part : parts_)
+        part.request->session_->leave_pass();
+}
+
+void Scheduler::submit(std::shared_ptr<Request> request) {
+    const Turn turn(*this);
+    if (&request->session_->model() != model_.get())
+        throw Error(Status::invalid_argument, "the session is of another model");
+    request->id_ = ++n_submitted_;
+    live_.push_back(std::move(request));
+}
+
+const std::vector<Event>& Scheduler::step(Seconds budget, const Check& check) {
+    const Turn turn(*this);
+    events_.clear();
+    Budget whole(budget);
+    obey();
+    while (work(whole, check))
+        check();
     remove_ended();
+    return events_;
+}
+
+const std::vector<Event>& Scheduler::step(const Check& check) {
+    const Turn turn(*this);
+    events_.clear();
+    Budget whole(Budget::unlimited);
+    obey();
+    while (events_.empty() && work(whole, check))
+        check();
+    remove_ended();
+    return events_;
 }
 
 std::vector<std::shared_ptr<Request>> Scheduler::run(const Check& check) {
-    while (!live_.empty()) {
-        read(check);
-        draw();
+    const Turn turn(*this);
+    events_.clear();
+    Budget whole(Budget::unlimited);
+    for (;;) {
+        obey();
         std::vector<std::shared_ptr<Request>> ended = remove_ended();
-        if (!ended.empty()) return ended;
+        if (!ended.empty() || !work(whole, check)) return ended;
         check();
+        events_.clear();
     }
-    return {};
 }
 
-// One forward pass over all that is unread.
-void Scheduler::read(const Check& check) {
-    feeds_.clear();
-    for (const auto& request : live_) {
-        if (!request->unread_.empty())
-            feeds_.push_back({request->session_.get(), request->unread_, nullptr});
-    }
-    feed(feeds_, check);
+Scheduler::Stats Scheduler::stats() {
+    const Turn turn(*this);
+    Stats stats = stats_;
+    stats.n_live = static_cast<std::int64_t>(live_.size());
     for (const auto& request : live_)
-        request->unread_.clear();
+        stats.n_waiting += request->tokens_.empty() ? 1 : 0;
+    if (!parts_.empty() && pass_->n_left() > 0) stats.next_piece = costs_.estimate(pass_->next(0));
+    return stats;
 }
 
-void Scheduler::draw() {
-    draws_.clear();
+// Goes on with the flight, or begins one. False when nothing more can be done now.
+bool Scheduler::work(Budget& budget, const Check& check) {
+    obey();
+    if (!flying_ && !begin_flight(budget)) return false;
+    return fly(budget, check) && draw(budget, check);
+}
+
+// Does what was asked for since the last piece of work.
+void Scheduler::obey() {
+    const Clock::time_point now = Clock::now();
+    for (const auto& request : live_) {
+        if (request->ending_ != Ending::none) {
+            if (!request->announced_) announce(request);  // there was nothing to do
+            continue;
+        }
+        const Request::Wish wish = request->wish_.load();
+        if (wish == Request::Wish::end) {
+            request->session_->leave_pass();
+            finish(request, Ending::cancelled);
+        } else if (request->urgency_.deadline <= now) {
+            request->session_->leave_pass();
+            finish(request, Ending::deadline);
+        } else if (wish == Request::Wish::pause) {
+            request->session_->leave_pass();
+        }
+    }
+}
+
+void Scheduler::finish(const std::shared_ptr<Request>& request, Ending ending) {
+    request->end(ending);
+    announce(request);
+}
+
+void Scheduler::announce(const std::shared_ptr<Request>& request) {
+    request->announced_ = true;
+    events_.push_back({request, -1});
+}
+
+// What a pass over so many rows, all of which ask for logits, is thought to cost, and the dearest
+// piece of it.
+Scheduler::Foreseen Scheduler::foresee(std::int64_t n_rows, std::int64_t n_positions) const {
+    Foreseen cost{};
+    for (const Work::Kind kind :
+         {Work::Kind::attention, Work::Kind::feed_forward, Work::Kind::output}) {
+        const Seconds piece = costs_.estimate(pass_->piece(kind, n_rows, n_positions));
+        cost.pass += static_cast<double>(pass_->n_pieces(kind)) * piece;
+        cost.dearest_piece = std::max(cost.dearest_piece, piece);
+    }
+    return cost;
+}
+
+bool Scheduler::begin_flight(Budget& budget) {
+    parts_.clear();
+    rows_.clear();
     drawing_.clear();
+    n_drawn_ = 0;
+    ++turn_;
+    choose(budget);
+    if (!rows_.empty()) pass_->begin(rows_);
+    flying_ = !parts_.empty() || !drawing_.empty();
+    return flying_;
+}
+
+// Who takes part in a flight: those who speak, one row each, then prompts, as much of them as does
+// not keep the speakers waiting.
+void Scheduler::choose(Budget& budget) {
+    order_.clear();
+    std::int64_t places = max_live_;
     for (const auto& request : live_) {
         if (request->ending_ != Ending::none) continue;
-        draws_.push_back(request->next_draw());
-        drawing_.push_back(request.get());
+        if (request->last_turn_ > 0) --places;
+        if (request->wish_.load() == Request::Wish::run) order_.push_back(request);
     }
-    sample_each(draws_);
-    for (std::size_t i = 0; i < draws_.size(); ++i)
-        drawing_[i]->accept(draws_[i].token);
+    std::sort(order_.begin(), order_.end(), [](const auto& a, const auto& b) {
+        const Urgency &x = a->urgency_, &y = b->urgency_;
+        if (x.priority != y.priority) return x.priority > y.priority;
+        if (x.deadline != y.deadline) return x.deadline < y.deadline;
+        return a->last_turn_ != b->last_turn_ ? a->last_turn_ < b->last_turn_ : a->id_ < b->id_;
+    });
+    order_.erase(std::remove_if(order_.begin(), order_.end(),
+                                [&](const auto& request) {
+                                    return request->last_turn_ == 0 && places-- <= 0;
+                                }),
+                 order_.end());
+    const auto largest = static_cast<std::int64_t>(max_rows);
+    std::int64_t room = largest, n_positions = 0;
+    if (budget.limited()) {
+        for (room = 1; room < largest; room *= 2) {
+            if (foresee(2 * room, 2 * room).dearest_piece > largest_piece * budget.whole) break;
+        }
+    }
+    for (const auto& request : order_) {
+        const std::int64_t n_unread = request->session_->n_unread();
+        if (n_unread == 0) {
+            request->last_turn_ = turn_;
+            drawing_.push_back(request);
+        } else if (n_unread == 1 && room > 0) {
+            n_positions += request->session_->n_tokens();
+            room -= take(request, 1);
+        }
+    }
+    const auto n_speaking = static_cast<std::int64_t>(rows_.size());
+    if (budget.limited() && n_speaking > 0) {
+        const Seconds speaking = foresee(n_speaking, n_positions).pass;
+        const Seconds most = std::max((1 + patience) * speaking, budget.whole);
+        while (room > 1 && foresee(n_speaking + room, n_positions).pass > most)
+            room /= 2;
+    }
+    for (const auto& request : order_) {
+        const std::int64_t n_unread = request->session_->n_unread();
+        if (n_unread > 1 && room > 0) room -= take(request, std::min(n_unread, room));
+    }
+}
+
+// Gives a request n rows; returns how many it has got. One that cannot have them ends.
+std::int64_t Scheduler::take(const std::shared_ptr<Request>& request, std::int64_t n) {
+    Session& session = *request->session_;
+    try {
+        const SessionLock lock(session);
+        session.leave_pass();  // of another scheduler
+        session.add_rows(static_cast<std::size_t>(n), &rows_);
+        session.pass_ = pass_.get();
+    } catch (...) {
+        fail(request, std::current_exception());
+        return 0;
+    }
+    request->last_turn_ = turn_;
+    parts_.push_back({request, static_cast<std::size_t>(n)});
+    return n;
+}
+
+// Chooses the next pieces of the pass: as many as surely fit. A piece of which nothing is known is
+// tried alone.
+void Scheduler::plan(Budget& budget) {
+    pieces_.clear();
+    const Seconds left = budget.left();
+    Seconds foreseen{0};
+    for (std::int64_t i = 0; left > Seconds{0} && i < pass_->n_left(); ++i) {
+        const Work next = pass_->next(i);
+        const Seconds cost = costs_.estimate(next);
+        const bool known = cost > Seconds{0} || next.amount == 0 || !budget.limited();
+        if (i > 0 && !known) break;
+        foreseen += cost;
+        if (foreseen > (i == 0 ? 1.0 : part_at_once) * left) {
+            if (i == 0 && budget.untouched) costs_.doubt(next);
+            break;
+        }
+        pieces_.push_back(next);
+        if (!known) break;
+    }
+}
+
+// Goes on with the pass, and with its end takes in what was read. False: no time for its next
+// piece.
+bool Scheduler::fly(Budget& budget, const Check& check) {
+    while (!parts_.empty() && pass_->n_left() > 0) {
+        plan(budget);
+        if (pieces_.empty()) return false;
+        for (const Part& part : parts_) {
+            if (part.request->session_->pass_ == pass_.get())
+                locks_.emplace_back(*part.request->session_);
+        }
+        const Clock::time_point start = Clock::now();
+        pass_->advance(static_cast<std::int64_t>(pieces_.size()));
+        worked(Clock::now() - start);
+        budget.untouched = false;
+        locks_.clear();
+        check();
+        obey();
+    }
+    for (const Part& part : parts_) {
+        Session& session = *part.request->session_;
+        if (session.pass_ != pass_.get()) continue;  // it left: all is read again
+        session.pass_ = nullptr;
+        session.has_read(part.n_rows);
+        stats_.n_read += static_cast<std::int64_t>(part.n_rows);
+        if (session.unread() > 0) continue;
+        try {
+            if (!pass_->all_finite()) session.refuse_nonfinite_logits();
+            drawing_.push_back(part.request);
+        } catch (...) {
+            fail(part.request, std::current_exception());
+        }
+    }
+    parts_.clear();
+    return true;
+}
+
+void Scheduler::worked(Seconds elapsed) {
+    costs_.learn(pieces_, elapsed);
+    stats_.n_pieces += static_cast<std::int64_t>(pieces_.size());
+    stats_.spent += elapsed;
+}
+
+// Draws for all who have read everything, and ends the flight. False: no time for the next draws.
+bool Scheduler::draw(Budget& budget, const Check& check) {
+    const auto first = drawing_.begin() + static_cast<std::ptrdiff_t>(n_drawn_);
+    drawing_.erase(std::remove_if(first, drawing_.end(),
+                                  [&](const auto& request) { return !may_draw(*request); }),
+                   drawing_.end());
+    while (n_drawn_ < drawing_.size()) {
+        auto n = static_cast<std::int64_t>(drawing_.size() - n_drawn_);
+        const Seconds left = budget.left();
+        while (n > 0 && costs_.estimate({Work::Kind::draw, n, n}) > left)
+            n /= 2;
+        if (n == 0 || left <= Seconds{0}) {
+            if (left > Seconds{0} && budget.untouched) costs_.doubt({Work::Kind::draw, 1, 1});
+            return false;
+        }
+        const Clock::time_point start = Clock::now();
+        draws_.clear();
+        const std::size_t begin = n_drawn_;
+        for (n_drawn_ += static_cast<std::size_t>(n); draws_.size() < static_cast<std::size_t>(n);)
+            draws_.push_back(drawing_[begin + draws_.size()]->next_draw());
+        draw_each(draws_);
+        for (std::size_t i = 0; i < draws_.size(); ++i)
+            take_in(drawing_[begin + i], draws_[i]);
+        pieces_.assign(1, {Work::Kind::draw, n, n});
+        worked(Clock::now() - start);
+        budget.untouched = false;
+        check();
+    }
+    drawing_.clear();
+    flying_ = false;
+    return true;
+}
+
+// It may have ended, been paused, or got more to read since it was chosen.
+bool Scheduler::may_draw(const Request& request) const {
+    return request.ending_ == Ending::none && request.wish_.load() == Request::Wish::run &&
+           request.session_->n_unread() == 0;
+}
+
+void Scheduler::take_in(const std::shared_ptr<Request>& request, const Draw& drawn) {
+    if (drawn.error != nullptr) {
+        fail(request, drawn.error);
+        return;
+    }
+    try {
+        const std::size_t n_before = request->tokens_.size();
+        request->accept(drawn.token);
+        stats_.n_drawn += 1;
+        if (request->tokens_.size() > n_before) events_.push_back({request, drawn.token});
+        if (request->ending_ != Ending::none) announce(request);
+    } catch (...) {
+        fail(request, std::current_exception());
+    }
+}
+
+void Scheduler::fail(const std::shared_ptr<Request>& request, std::exception_ptr error) {
+    request->error_ = std::move(error);
+    finish(request, Ending::error);
 }
 
 std::vector<std::shared_ptr<Request>> Scheduler::remove_ended() {

@@ -11,72 +11,29 @@
 
 namespace tinyllama {
 
-// Rows computed together: enough to read each weight once for many, small enough for the caches.
-constexpr std::size_t max_rows = 256;
-
-// Sessions are used by one thread at a time; a second one gets an error, not corruption.
-class SessionLock {
-public:
-    explicit SessionLock(Session& session) : session_(&session) {
-        if (session.in_use_.exchange(true)) {
-            session_ = nullptr;
-            throw Error(Status::busy, "the session is in use by another thread");
-        }
-    }
-    SessionLock(SessionLock&& other) noexcept : session_(std::exchange(other.session_, nullptr)) {}
-    SessionLock(const SessionLock&) = delete;
-    SessionLock& operator=(const SessionLock&) = delete;
-    ~SessionLock() {
-        if (session_ != nullptr) session_->in_use_.store(false);
-    }
-
-private:
-    Session* session_;
-};
-
 namespace {
 
-class BorrowedWorkspace {
+class BorrowedPass {
 public:
-    explicit BorrowedWorkspace(const Model& model)
-        : model_(model), workspace_(model.borrow_workspace()) {}
-    BorrowedWorkspace(const BorrowedWorkspace&) = delete;
-    BorrowedWorkspace& operator=(const BorrowedWorkspace&) = delete;
-    ~BorrowedWorkspace() { model_.return_workspace(std::move(workspace_)); }
-    Workspace& operator*() { return *workspace_; }
+    explicit BorrowedPass(const Model& model) : model_(model), pass_(model.borrow_pass()) {}
+    BorrowedPass(const BorrowedPass&) = delete;
+    BorrowedPass& operator=(const BorrowedPass&) = delete;
+    ~BorrowedPass() { model_.return_pass(std::move(pass_)); }
+    Pass* operator->() { return pass_.get(); }
 
 private:
     const Model& model_;
-    std::unique_ptr<Workspace> workspace_;
+    std::unique_ptr<Pass> pass_;
 };
 
 // Names the first logit that is not a finite number, if there is one.
-void refuse_nonfinite(const Model& model, const float* logits, std::int32_t pos) {
+void refuse_nonfinite(const Model& model, const Row& row) {
     const std::int32_t vocab_size = model.config().vocab_size;
-    for (std::int32_t i = 0; i < vocab_size; ++i) {
-        if (std::isfinite(logits[i])) continue;
+    for (std::int32_t i = 0; row.logits != nullptr && i < vocab_size; ++i) {
+        if (std::isfinite(row.logits[i])) continue;
         throw Error(Status::nonfinite, model.name() + ": the logit of token " + std::to_string(i) +
-                                           " at position " + std::to_string(pos) +
+                                           " at position " + std::to_string(row.pos) +
                                            " is not finite");
-    }
-}
-
-void check_tokens(const Feed& feed, std::size_t n_before) {
-    const Model& model = feed.session->model();
-    const std::int32_t vocab_size = model.config().vocab_size;
-    for (const std::int32_t token : feed.tokens) {
-        if (token < 0 || token >= vocab_size) {
-            throw Error(Status::invalid_argument,
-                        "token " + std::to_string(token) + " is outside the " +
-                            std::to_string(vocab_size) + " tokens of " + model.name());
-        }
-    }
-    const auto room = static_cast<std::size_t>(model.config().max_seq_len) - n_before;
-    if (feed.tokens.size > room) {
-        throw Error(Status::context_full, std::to_string(feed.tokens.size) +
-                                              " tokens do not fit: the context of " +
-                                              std::to_string(model.config().max_seq_len) +
-                                              " tokens has room for " + std::to_string(room));
     }
 }
 
@@ -102,8 +59,10 @@ public:
             locks_.emplace_back(*feed.session);
         for (const Feed& feed : feeds) {
             n_before_.push_back(feed.session->tokens_.size());
-            check_tokens(feed, n_before_.back());
+            feed.session->check(feed.tokens.data, feed.tokens.size);
         }
+        for (const Feed& feed : feeds)
+            feed.session->leave_pass();
     }
 
     FeedTransaction(const FeedTransaction&) = delete;
@@ -111,10 +70,7 @@ public:
     ~FeedTransaction() {
         if (committed_) return;
         for (std::size_t i = 0; i < n_before_.size(); ++i) {
-            Session& session = *feeds_[i].session;
-            if (session.tokens_.size() == n_before_[i]) continue;
-            session.tokens_.resize(n_before_[i]);
-            session.logits_valid_ = false;
+            feeds_[i].session->keep(n_before_[i]);
         }
     }
 
@@ -140,19 +96,26 @@ std::int32_t Session::n_tokens() {
     return static_cast<std::int32_t>(tokens_.size());
 }
 
+std::int32_t Session::n_unread() {
+    const SessionLock lock(*this);
+    return static_cast<std::int32_t>(unread());
+}
+
 std::vector<float> Session::logits() {
     const SessionLock lock(*this);
-    compute_missing_logits();
+    read_all();
     return {logits_.values.begin(), logits_.values.begin() + model_->config().vocab_size};
 }
 
-std::int32_t Session::sample(const SamplingParams& params, const StreamDecoder* text,
-                             RandomState* before) {
+std::int32_t Session::sample(const SamplingParams& params, const StreamDecoder* text) {
     const SessionLock lock(*this);
-    if (before != nullptr) *before = random_;
     validate(params, model_->config().vocab_size);
-    compute_missing_logits();
-    return tinyllama::sample(model_->kernels(), logits_, tokens_, params, random_, text);
+    read_all();
+    RandomState random = random_;
+    const std::int32_t token =
+        tinyllama::sample(model_->kernels(), logits_, tokens_, params, random, text);
+    random_ = random;
+    return token;
 }
 
 double Session::log_probability(std::int32_t token) {
@@ -163,29 +126,92 @@ double Session::log_probability(std::int32_t token) {
                                                   " is outside the " + std::to_string(vocab_size) +
                                                   " tokens");
     }
-    compute_missing_logits();
+    read_all();
     return tinyllama::log_probability(model_->kernels(), logits_, token);
 }
 
 std::vector<std::pair<std::int32_t, double>> Session::top_log_probabilities(std::int32_t n) {
     const SessionLock lock(*this);
-    compute_missing_logits();
+    read_all();
     return tinyllama::top_log_probabilities(model_->kernels(), logits_, n);
 }
 
-// The last token is computed again: the promise of invariance makes its logits the same bits.
-void Session::compute_missing_logits() {
+void Session::check(const std::int32_t* tokens, std::size_t n) const {
+    const std::int32_t vocab_size = model_->config().vocab_size;
+    for (std::size_t i = 0; i < n; ++i) {
+        if (tokens[i] >= 0 && tokens[i] < vocab_size) continue;
+        throw Error(Status::invalid_argument, "token " + std::to_string(tokens[i]) +
+                                                  " is outside the " + std::to_string(vocab_size) +
+                                                  " tokens of " + model_->name());
+    }
+    const auto max_seq_len = static_cast<std::size_t>(model_->config().max_seq_len);
+    if (n > max_seq_len - tokens_.size()) {
+        throw Error(Status::context_full,
+                    std::to_string(n) + " tokens do not fit: the context of " +
+                        std::to_string(max_seq_len) + " tokens has room for " +
+                        std::to_string(max_seq_len - tokens_.size()));
+    }
+}
+
+// Whoever wants to use the cache or the logits of a session takes it out of a pass that is not
+// over: what it read of that session is read again later.
+void Session::leave_pass() {
+    if (pass_ != nullptr) pass_->drop(cache_);
+    pass_ = nullptr;
+}
+
+void Session::append(const std::vector<std::int32_t>& tokens) {
+    const SessionLock lock(*this);
+    check(tokens.data(), tokens.size());
+    tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+}
+
+void Session::add_rows(std::size_t n, std::vector<Row>* rows) {
+    const std::size_t end = n_read_ + n;
+    const bool all = end == tokens_.size();
+    cache_.reserve(static_cast<std::int32_t>(n_read_), static_cast<std::int32_t>(end));
+    if (all) logits_.resize(static_cast<std::size_t>(model_->config().vocab_size));
+    for (std::size_t i = n_read_; i < end; ++i)
+        rows->push_back({&cache_, static_cast<std::int32_t>(i), tokens_[i], nullptr});
+    if (!all) return;
+    rows->back().logits = logits_.values.data();
+    rows->back().maxima = logits_.maxima.data();
+}
+
+// What is left had its logits, if at all, in the middle: its last token is read once more. The
+// promise of invariance makes that the same bits.
+void Session::keep(std::size_t n_tokens) {
+    if (n_tokens == tokens_.size()) return;
+    leave_pass();
+    tokens_.resize(n_tokens);
+    n_read_ = std::min(n_read_, std::max<std::size_t>(n_tokens, 1) - 1);
+}
+
+void Session::refuse_nonfinite_logits() {
+    const auto pos = static_cast<std::int32_t>(tokens_.size()) - 1;
+    try {
+        refuse_nonfinite(*model_, {&cache_, pos, tokens_.back(), logits_.values.data()});
+    } catch (...) {
+        n_read_ -= 1;
+        throw;
+    }
+}
+
+void Session::read_all() {
     if (tokens_.empty()) {
         throw Error(Status::invalid_argument, "the session is empty: feed it a token first");
     }
-    if (logits_valid_) return;
-    logits_.resize(static_cast<std::size_t>(model_->config().vocab_size));
-    BorrowedWorkspace workspace(*model_);
-    const auto pos = static_cast<std::int32_t>(tokens_.size()) - 1;
-    cache_.reserve(pos, pos + 1);
-    const Row row{&cache_, pos, tokens_.back(), logits_.values.data(), logits_.maxima.data()};
-    if (!forward(*model_, {row}, *workspace)) refuse_nonfinite(*model_, row.logits, pos);
-    logits_valid_ = true;
+    if (unread() == 0) return;
+    leave_pass();
+    BorrowedPass pass(*model_);
+    std::vector<Row> rows;
+    while (unread() > 0) {
+        const std::size_t n = std::min(unread(), max_rows);
+        rows.clear();
+        add_rows(n, &rows);
+        if (!pass->run(rows)) refuse_nonfinite(*model_, rows.back());
+        has_read(n);
+    }
 }
 
 void Session::rewind(std::int32_t n_tokens) {
@@ -195,18 +221,16 @@ void Session::rewind(std::int32_t n_tokens) {
                                                   " tokens: the session has " +
                                                   std::to_string(tokens_.size()));
     }
-    if (static_cast<std::size_t>(n_tokens) == tokens_.size()) return;
-    tokens_.resize(static_cast<std::size_t>(n_tokens));
-    logits_valid_ = false;
+    keep(static_cast<std::size_t>(n_tokens));
 }
 
 std::shared_ptr<Session> Session::fork(std::uint64_t seed) {
     const SessionLock lock(*this);
     auto copy = std::make_shared<Session>(model_, seed);
     copy->tokens_ = tokens_;
-    copy->cache_ = cache_.share(static_cast<std::int32_t>(tokens_.size()));
-    copy->logits_ = logits_;
-    copy->logits_valid_ = logits_valid_;
+    copy->n_read_ = n_read_;
+    copy->cache_ = cache_.share(static_cast<std::int32_t>(n_read_));
+    if (unread() == 0) copy->logits_ = logits_;
     return copy;
 }
 
@@ -216,52 +240,50 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
     FeedTransaction transaction(feeds);
     const Model& model = feeds.front().session->model();
     const auto vocab_size = static_cast<std::size_t>(model.config().vocab_size);
-    BorrowedWorkspace workspace(model);
+    BorrowedPass pass(model);
     std::vector<Row> rows;
+    std::vector<std::pair<Session*, std::size_t>> reading;
     const auto flush = [&] {
-        const bool all_finite = forward(model, rows, *workspace, tap);
-        for (const Row& row : rows) {
-            if (!all_finite && row.logits != nullptr) refuse_nonfinite(model, row.logits, row.pos);
-        }
+        if (rows.empty()) return;
+        const bool all_finite = pass->run(rows, tap);
+        for (const Row& row : rows)
+            if (!all_finite) refuse_nonfinite(model, row);
+        for (const auto& [session, n] : reading)
+            session->has_read(n);
         rows.clear();
+        reading.clear();
     };
     for (const Feed& feed : feeds) {
         Session& session = *feed.session;
-        if (feed.tokens.size == 0) continue;
         const std::size_t n_before = session.tokens_.size();
-        session.cache_.reserve(static_cast<std::int32_t>(n_before),
-                               static_cast<std::int32_t>(n_before + feed.tokens.size));
-        session.logits_.resize(vocab_size);
-        for (std::size_t i = 0; i < feed.tokens.size; ++i) {
-            rows.push_back({&session.cache_, static_cast<std::int32_t>(n_before + i),
-                            feed.tokens.data[i], nullptr});
-            if (feed.all_logits != nullptr) {
-                rows.back().logits = feed.all_logits + i * vocab_size;
-            } else if (i + 1 == feed.tokens.size) {
-                rows.back().logits = session.logits_.values.data();
-                rows.back().maxima = session.logits_.maxima.data();
+        session.tokens_.insert(session.tokens_.end(), feed.tokens.begin(), feed.tokens.end());
+        for (std::size_t n_left = feed.tokens.size == 0 ? 0 : session.unread(); n_left > 0;) {
+            const std::size_t n = std::min(n_left, max_rows - rows.size());
+            session.add_rows(n, &rows);
+            reading.emplace_back(&session, n);
+            for (auto row = rows.end() - static_cast<std::ptrdiff_t>(n); row != rows.end(); ++row) {
+                const auto pos = static_cast<std::size_t>(row->pos);
+                if (feed.all_logits == nullptr || pos < n_before) continue;
+                row->logits = feed.all_logits + (pos - n_before) * vocab_size;
+                row->maxima = nullptr;
             }
-            session.tokens_.push_back(feed.tokens.data[i]);
-            if (rows.size() == max_rows) {
-                flush();
-                between_chunks();
-            }
+            n_left -= n;
+            if (rows.size() < max_rows) continue;
+            flush();
+            between_chunks();
         }
     }
     flush();
     for (const Feed& feed : feeds) {
-        if (feed.tokens.size == 0) continue;
-        if (feed.all_logits != nullptr) {
-            const float* last = feed.all_logits + (feed.tokens.size - 1) * vocab_size;
-            std::copy(last, last + vocab_size, feed.session->logits_.values.begin());
-            feed.session->logits_.find_maxima();
-        }
-        feed.session->logits_valid_ = true;
+        if (feed.tokens.size == 0 || feed.all_logits == nullptr) continue;
+        const float* last = feed.all_logits + (feed.tokens.size - 1) * vocab_size;
+        std::copy(last, last + vocab_size, feed.session->logits_.values.begin());
+        feed.session->logits_.find_maxima();
     }
     transaction.commit();
 }
 
-void sample_each(std::vector<Draw>& draws) {
+void draw_each(std::vector<Draw>& draws) {
     if (draws.empty()) return;
     const Model& model = draws.front().session->model();
     const auto n = static_cast<std::int64_t>(draws.size());
@@ -271,19 +293,12 @@ void sample_each(std::vector<Draw>& draws) {
         for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
             Draw& draw = draws[i];
             try {
-                draw.token = draw.session->sample(*draw.params, draw.text, &draw.before);
+                draw.token = draw.session->sample(*draw.params, draw.text);
             } catch (...) {
                 draw.error = std::current_exception();
             }
         }
     });
-    for (const Draw& failed : draws) {
-        if (failed.error == nullptr) continue;
-        for (const Draw& draw : draws) {
-            if (draw.error == nullptr) draw.session->random_ = draw.before;
-        }
-        std::rethrow_exception(failed.error);
-    }
 }
 
 std::vector<double> score(Session& session, const std::vector<std::int32_t>& tokens,
@@ -297,7 +312,7 @@ std::vector<double> score(Session& session, const std::vector<std::int32_t>& tok
     if (n_before > 0 && tokens[0] >= 0 && tokens[0] < vocab_size) {
         scores[0] = session.log_probability(tokens[0]);
     }
-    check_tokens({&session, tokens, nullptr}, static_cast<std::size_t>(n_before));
+    session.check(tokens.data(), tokens.size());
     std::vector<float> logits(std::min(tokens.size(), max_rows) * n_logits);
     Logits one;
     one.resize(n_logits);

@@ -1,4 +1,5 @@
-// A session: one timeline of tokens, with its cache, its next logits and its random state.
+// A session: one timeline of tokens, with its cache, its next logits and its random state. Tokens
+// may be there before the model has read them: what needs their logits reads them first.
 #pragma once
 
 #include <atomic>
@@ -7,17 +8,21 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "forward.h"
 #include "kv_cache.h"
 #include "model.h"
 #include "sampler.h"
+#include "status.h"
 
 namespace tinyllama {
 
-struct Draw;
 struct Feed;
+
+// Rows computed together: enough to read each weight once for many, small enough for the caches.
+constexpr std::size_t max_rows = 256;
 
 class Session {
 public:
@@ -27,18 +32,23 @@ public:
     std::uint64_t seed() const { return random_.seed; }
     std::vector<std::int32_t> tokens();
     std::int32_t n_tokens();
+    std::int32_t n_unread();
 
     // Logits (vocab_size) after the last token. Throws Error(invalid_argument) when there is none.
     std::vector<float> logits();
-    // Draws the next token without feeding it. `text`: see sample() in sampler.h; `before`: gets
-    // the random state as it was.
-    std::int32_t sample(const SamplingParams& params, const StreamDecoder* text = nullptr,
-                        RandomState* before = nullptr);
+    // Draws the next token without appending it. `text`: see sample() in sampler.h. When it throws,
+    // the random state is as it was.
+    std::int32_t sample(const SamplingParams& params, const StreamDecoder* text = nullptr);
     // Natural logarithm of the probability of `token` as the next one, under the unmodified
     // distribution.
     double log_probability(std::int32_t token);
     std::vector<std::pair<std::int32_t, double>> top_log_probabilities(std::int32_t n);
 
+    // Appends tokens, unread. Throws Error before anything changes: invalid_argument for one
+    // outside the vocabulary, context_full, busy.
+    void append(const std::vector<std::int32_t>& tokens);
+    // Throws what append() would, but for busy.
+    void check(const std::int32_t* tokens, std::size_t n) const;
     // Keeps the first n_tokens.
     void rewind(std::int32_t n_tokens);
     // A copy with the same past and a random state of its own.
@@ -47,19 +57,48 @@ public:
 private:
     friend class SessionLock;
     friend class FeedTransaction;
-    friend void sample_each(std::vector<Draw>& draws);
+    friend class Scheduler;
     friend void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_chunks,
                      const Tap* tap);
 
-    void compute_missing_logits();
+    std::size_t unread() const { return tokens_.size() - n_read_; }
+    void leave_pass();
+    // Appends rows that read the next n unread tokens; once they are computed, has_read(n).
+    void add_rows(std::size_t n, std::vector<Row>* rows);
+    void has_read(std::size_t n) { n_read_ += n; }
+    // Throws Error(nonfinite), and forgets the last token's logits, if one is not a finite number.
+    void refuse_nonfinite_logits();
+    void keep(std::size_t n_tokens);
+    void read_all();
 
     std::shared_ptr<const Model> model_;
     std::vector<std::int32_t> tokens_;
+    std::size_t n_read_ = 0;  // of tokens_; logits_ are those after the last when all are read
     KvCache cache_;
     Logits logits_;
-    bool logits_valid_ = false;  // false after a rewind, until the last token is computed again
     RandomState random_;
+    Pass* pass_ = nullptr;  // that has rows of this session, and is not over
     std::atomic<bool> in_use_{false};
+};
+
+// Sessions are used by one thread at a time; a second one gets an error, not corruption.
+class SessionLock {
+public:
+    explicit SessionLock(Session& session) : session_(&session) {
+        if (session.in_use_.exchange(true)) {
+            session_ = nullptr;
+            throw Error(Status::busy, "the session is in use by another thread");
+        }
+    }
+    SessionLock(SessionLock&& other) noexcept : session_(std::exchange(other.session_, nullptr)) {}
+    SessionLock(const SessionLock&) = delete;
+    SessionLock& operator=(const SessionLock&) = delete;
+    ~SessionLock() {
+        if (session_ != nullptr) session_->in_use_.store(false);
+    }
+
+private:
+    Session* session_;
 };
 
 // How one session draws its next token (see Session::sample), and what came of it.
@@ -69,12 +108,11 @@ struct Draw {
     const StreamDecoder* text;
     std::int32_t token = -1;
     std::exception_ptr error = nullptr;
-    RandomState before = {};  // of the session
 };
 
-// Draws from many sessions, each once, side by side on the threads of the first one's model. Throws
-// what the first of them to fail throws; then every random state is as it was.
-void sample_each(std::vector<Draw>& draws);
+// Draws from many sessions of one model, each once, side by side on its threads. Nothing is thrown:
+// each draw has a token or an error.
+void draw_each(std::vector<Draw>& draws);
 
 // Tokens that somebody else keeps alive.
 struct TokenSpan {

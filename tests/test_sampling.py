@@ -251,21 +251,3 @@ def test_contradictions_are_named():
         SamplingParams(logit_bias={300: 1.0}).for_core(300)
     with pytest.raises(TypeError, match="temprature"):
         SamplingParams(temprature=1.0)
-
-
-def test_many_sessions_draw_what_each_would_alone():
-    model = tiny_model()
-    params = [SamplingParams(top_p=0.9, temperature=t).for_core(300) for t in (0.5, 1.0, 2.0)] * 300
-
-    def sessions():
-        made = [_core.Session(model._core, seed) for seed in range(len(params))]
-        _core.forward(made, [[1, 5 + i % 200] for i in range(len(made))])
-        return made
-
-    alone = [_core.sample(s, p) for s, p in zip(sessions(), params, strict=True)]
-    assert _core.sample_each(sessions(), params, [None] * len(params)) == alone
-    empty = _core.Session(model._core, 0)
-    with pytest.raises(ArgumentError, match="the session is empty"):
-        _core.sample_each([*sessions()[:1], empty], params[:2], [None] * 2)
-    with pytest.raises(ArgumentError, match="as many"):
-        _core.sample_each(sessions()[:2], params[:1], [None] * 2)

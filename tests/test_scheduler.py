@@ -1,13 +1,14 @@
 """The scheduler: many texts stepped together, each as if it were alone."""
 
 import math
+import threading
 
 import numpy as np
 import pytest
 
 from random_models import tiny_checkpoint, tiny_model
 from tinyllama import SamplingParams, _core, load
-from tinyllama.errors import ArgumentError, NonFiniteError
+from tinyllama.errors import ArgumentError, BusyError, ContextFullError, NonFiniteError
 from tinyllama.formats.gguf import gguf_bytes
 from tinyllama.generation import new_request
 
@@ -33,14 +34,14 @@ def made(request):
 
 
 def alone(model, seed):
-    scheduler = _core.Scheduler()
+    scheduler = _core.Scheduler(model)
     scheduler.submit(request_of(model, seed))
     (request,) = scheduler.run()
     return made(request)
 
 
 def test_texts_that_join_at_any_time_are_as_alone(model):
-    scheduler = _core.Scheduler()
+    scheduler = _core.Scheduler(model)
     requests = []
     for seed in range(6):
         requests.append(request_of(model, seed))
@@ -55,7 +56,7 @@ def test_texts_that_join_at_any_time_are_as_alone(model):
 
 
 def test_run_returns_those_that_ended_in_their_order(model):
-    scheduler = _core.Scheduler()
+    scheduler = _core.Scheduler(model)
     lengths = [3, 5, 3, 8]
     requests = []
     for seed, n in enumerate(lengths):
@@ -68,7 +69,7 @@ def test_run_returns_those_that_ended_in_their_order(model):
 
 
 def test_after_a_step_every_session_holds_its_token(model):
-    scheduler = _core.Scheduler()
+    scheduler = _core.Scheduler(model)
     sessions = [_core.Session(model, seed) for seed in range(3)]
     requests = [request_of(model, 0, session=session) for session in sessions]
     for request in requests:
@@ -85,7 +86,7 @@ def test_after_a_step_every_session_holds_its_token(model):
 
 
 def test_text_is_taken_once(model):
-    scheduler = _core.Scheduler()
+    scheduler = _core.Scheduler(model)
     request = request_of(model, 3)
     scheduler.submit(request)
     pieces = []
@@ -96,22 +97,18 @@ def test_text_is_taken_once(model):
         assert request.text == "".join(pieces)
 
 
-def test_an_error_leaves_every_session_after_its_last_pass(model):
-    """Of two texts, one is asked to read a token that does not exist."""
-    scheduler = _core.Scheduler()
-    good, bad = _core.Session(model, 0), _core.Session(model, 1)
-    request = request_of(model, 0, session=good)
-    scheduler.submit(request)
-    scheduler.step()
-    before = good.tokens
-    scheduler.submit(request_of(model, 1, prompt=[1, 300], session=bad))
-    with pytest.raises(Exception, match="token 300"):
-        scheduler.step()
-    assert (good.tokens, bad.tokens) == (before, [])
-    again = _core.Scheduler()
-    again.submit(request)
-    again.run()
-    assert made(request) == alone(model, 0)
+def test_what_cannot_be_continued_is_refused_at_once(model):
+    session = _core.Session(model, 1)
+    with pytest.raises(ArgumentError, match="token 300"):
+        request_of(model, 1, prompt=[1, 300], session=session)
+    assert session.tokens == []
+    with pytest.raises(ArgumentError, match="the session is empty"):
+        request_of(model, 1, prompt=[], session=session)
+    with pytest.raises(ContextFullError, match="do not fit"):
+        request_of(model, 1, prompt=[1] * 1000, session=session)
+    other = tiny_model()._core
+    with pytest.raises(ArgumentError, match="another model"):
+        _core.Scheduler(model).submit(request_of(other, 1))
 
 
 def test_logits_that_are_not_finite_stop_all():
@@ -122,18 +119,200 @@ def test_logits_that_are_not_finite_stop_all():
         broken.complete([[1, 2, 3], [1, 5]], max_new_tokens=5)
 
 
-def test_an_error_of_one_text_leaves_the_random_state_of_the_others(model):
-    """What was drawn beside it is lost, and drawn again the same."""
-    session = _core.Session(model, 7)
+def test_an_error_of_one_text_is_its_own(model):
     none = _core.SamplingParams()
     none.banned = list(range(model.tokenizer.vocab_size))
     decoder = _core.StreamDecoder(model.tokenizer, True)
-    scheduler = _core.Scheduler()
-    scheduler.submit(request_of(model, 7, session=session))
-    scheduler.submit(_core.Request(_core.Session(model, 8), PROMPT, decoder, none))
+    scheduler = _core.Scheduler(model)
+    good = request_of(model, 7)
+    bad = _core.Request(_core.Session(model, 8), PROMPT, decoder, none)
+    scheduler.submit(good)
+    scheduler.submit(bad)
+    assert scheduler.run() == [bad]
+    assert bad.finish_reason == "error"
     with pytest.raises(ArgumentError, match="no token is left"):
-        scheduler.run()
-    again = _core.Scheduler()
-    again.submit(request_of(model, 7, prompt=[], session=session))
-    (request,) = again.run()
-    assert made(request) == alone(model, 7)
+        bad.rethrow()
+    assert scheduler.run() == [good]
+    good.rethrow()
+    assert made(good) == alone(model, 7)
+
+
+# The public scheduler, under budgets.
+
+STORY = SamplingParams(temperature=1.2, top_p=0.95, logit_bias={1: -math.inf, 2: -math.inf})
+
+
+@pytest.fixture(scope="module")
+def stories():
+    return tiny_model()
+
+
+def told_alone(model, prompt, seed, n):
+    session = model.session(seed)
+    session.feed(prompt)
+    text = "".join(session.generate(params=STORY, max_new_tokens=n))
+    return text, session.tokens, session._core.logits().tobytes()
+
+
+def told(request):
+    return request.text, request.session.tokens, request.session._core.logits().tobytes()
+
+
+def test_a_text_under_budgets_is_the_text_alone(stories):
+    scheduler = stories.scheduler()
+    prompts = [[1, *range(5, 5 + 10 * i)] for i in range(1, 5)]
+    requests = [
+        scheduler.submit(prompt, params=STORY, seed=i, max_new_tokens=15)
+        for i, prompt in enumerate(prompts)
+    ]
+    texts = dict.fromkeys(requests, "")
+    ended = []
+    while len(ended) < len(requests):
+        for event in scheduler.step(budget_ms=0.05):
+            texts[event.request] += event.text
+            if event.done:
+                ended.append(event.request)
+    for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        assert request.finish_reason == "length"
+        assert texts[request] == request.text
+        assert told(request) == told_alone(stories, prompt, i, 15)
+    assert scheduler.stats()["n_live"] == 0
+    assert scheduler.stats()["tokens_drawn"] == 60
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_schedules(stories, seed):
+    """Whatever is done to the texts and beside them, each is what it is alone."""
+    rng = np.random.default_rng(seed)
+    scheduler = stories.scheduler(max_sessions=int(rng.integers(1, 6)))
+    expected, live, done = {}, [], []
+
+    def submit(session, prompt, request_seed, n):
+        request = scheduler.submit(session, params=STORY, max_new_tokens=n)
+        expected[request] = told_alone(stories, prompt, request_seed, n)
+        live.append(request)
+
+    for i in range(60):
+        event = rng.integers(8)
+        if event == 0 and len(live) < 8:
+            prompt = rng.integers(3, 290, rng.integers(1, 40)).tolist()
+            session = stories.session(seed=i)
+            session.append(prompt)
+            submit(session, prompt, i, int(rng.integers(1, 12)))
+        elif event == 1 and live:
+            session = live[rng.integers(len(live))].session.fork(seed=i)
+            submit(session, session.tokens, i, int(rng.integers(1, 6)))
+        elif event == 2 and live:
+            request = live.pop(rng.integers(len(live)))
+            request.cancel()
+            expected.pop(request)
+            scheduler.step(0)
+            assert request.finish_reason in {"cancelled", "length"}
+            if request.finish_reason == "cancelled":  # its session is free, and as it should be
+                request.session.rewind(int(rng.integers(1, request.session.n_tokens + 1)))
+                tokens = request.session.tokens
+                assert (
+                    request.session._core.logits().tobytes()
+                    == stories.logits(tokens)[-1].tobytes()
+                )
+        elif event == 3 and live:
+            live[rng.integers(len(live))].pause()
+        elif event == 4 and live:
+            # Looking at the logits takes the session out of the pass for a moment.
+            live[rng.integers(len(live))].session._core.logits()
+        elif event == 5:
+            for request in live:
+                request.resume()
+        for step in scheduler.step(float(rng.choice([0, 0.01, 0.05, 0.3]))):
+            if step.done and step.request in live:
+                live.remove(step.request)
+                done.append(step.request)
+    for request in live:
+        request.resume()
+    while scheduler.stats()["n_live"]:
+        done += [step.request for step in scheduler.step() if step.done]
+    for request, alone in expected.items():
+        assert request in done
+        assert told(request) == alone
+
+
+def test_budget_0_only_delivers(stories):
+    scheduler = stories.scheduler()
+    request = scheduler.submit([1, 5, 6], params=STORY, max_new_tokens=3)
+    late = scheduler.submit([1, 5, 6], params=STORY, deadline_ms=0)
+    for _ in range(5):
+        events = scheduler.step(0)
+        assert not request.tokens
+        assert [e.request for e in events if e.done] == ([late] if late.done and events else [])
+    assert late.finish_reason == "deadline"
+    request.cancel()
+    ((event),) = scheduler.step(0)
+    assert (event.request, event.done, request.finish_reason) == (request, True, "cancelled")
+    assert scheduler.step(1.0) == []
+
+
+def test_the_more_urgent_come_first(stories):
+    scheduler = stories.scheduler(max_sessions=1)
+    first = scheduler.submit([1, 5], params=STORY, max_new_tokens=2)
+    low = scheduler.submit([1, 5], params=STORY, max_new_tokens=2)
+    soon = scheduler.submit([1, 5], params=STORY, max_new_tokens=2, deadline_ms=1e6)
+    high = scheduler.submit([1, 5], params=STORY, max_new_tokens=2, priority=1)
+    order = []
+    while scheduler.stats()["n_live"]:
+        order += [event.request for event in scheduler.step() if event.done]
+    assert order == [high, soon, first, low]
+
+
+def test_two_threads_get_an_error(stories):
+    scheduler = stories.scheduler()
+    for seed in range(8):
+        scheduler.submit([1, 5], params=STORY, seed=seed, max_new_tokens=200)
+    errors, n_done = [], 0
+    start = threading.Barrier(2)
+
+    def work():
+        nonlocal n_done
+        start.wait()
+        while scheduler._core.stats["n_live"] if not errors else False:
+            scheduler._core.step(1.0)
+
+    def guarded():
+        try:
+            work()
+        except BusyError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=guarded) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all("in use by another thread" in str(error) for error in errors)
+    while scheduler._core.stats["n_live"]:
+        scheduler._core.step()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"budget_ms": -1}, "budget_ms is -1; it must be 0 or more"),
+        ({"budget_ms": math.nan}, "budget_ms is nan"),
+    ],
+)
+def test_bad_budgets_are_named(stories, arguments, message):
+    with pytest.raises(ArgumentError, match=message):
+        stories.scheduler().step(**arguments)
+
+
+def test_bad_requests_are_named(stories):
+    scheduler = stories.scheduler()
+    with pytest.raises(ArgumentError, match="deadline_ms is -5"):
+        scheduler.submit("a", deadline_ms=-5)
+    with pytest.raises(ArgumentError, match="num_return_sequences is 2"):
+        scheduler.submit("a", num_return_sequences=2)
+    with pytest.raises(ArgumentError, match="the session is empty"):
+        scheduler.submit(stories.session())
+    with pytest.raises(ArgumentError, match="another model"):
+        session = tiny_model().session()
+        session.append([1, 2])
+        scheduler.submit(session)

@@ -17,14 +17,18 @@ from .generation import Completion, TokenLogprob, Usage
 from .loading import generate, load, stream
 from .model import Model, Tokenizer
 from .sampling import SamplingParams
+from .scheduler import Event, Request, Scheduler
 from .session import Session
 
 __all__ = [
     "Completion",
     "Config",
+    "Event",
     "Model",
+    "Request",
     "RopeScaling",
     "SamplingParams",
+    "Scheduler",
     "Session",
     "TinyllamaError",
     "TokenLogprob",

@@ -91,15 +91,21 @@ class Session:
     def seed(self) -> int: ...
     def logits(self) -> npt.NDArray[np.float32]:
         """Copy of the logits (vocab_size,) after the last token; ArgumentError when empty."""
+    @property
+    def n_unread(self) -> int:
+        """Tokens that the model has not read yet: what needs the logits reads them."""
+    def append(self, tokens: Sequence[int]) -> None:
+        """Append tokens, unread. ArgumentError, ContextFullError, BusyError change nothing."""
     def rewind(self, n_tokens: int) -> None:
         """Keep the first n_tokens. The logits return with the next feed or sample."""
     def fork(self, seed: int) -> Session:
         """A copy with the same past and a random state of its own."""
 
 class Request:
-    """One text being continued: a session, the tokens it has still to read, and what was made of
-    them. ``stops`` are UTF-8; with ``n_top``, log-probabilities are kept (0: of the drawn tokens
-    alone). BusyError when the session is."""
+    """One text being continued: a session, to which ``prompt`` is appended now, and what is made of
+    it. ``stops`` are UTF-8; with ``n_top``, log-probabilities are kept (0: of the drawn tokens
+    alone). ``deadline_ms`` counts from now. ArgumentError for a token that does not exist, nothing
+    to continue, or wrong params, ContextFullError, BusyError."""
 
     def __init__(
         self,
@@ -112,6 +118,8 @@ class Request:
         end_tokens: Sequence[int] = ...,
         stops: Sequence[bytes] = ...,
         n_top: int | None = ...,
+        priority: int = ...,
+        deadline_ms: float | None = ...,
     ) -> None: ...
     @property
     def text(self) -> str:
@@ -123,23 +131,35 @@ class Request:
         """Per token: its id, its log-probability under the model itself, the likeliest n_top."""
     @property
     def finish_reason(self) -> str | None:
-        """None while it goes on, then "stop" or "length"."""
+        """None while it goes on, then "stop", "length", "cancelled", "deadline" or "error"."""
+    @property
+    def paused(self) -> bool: ...
     def take_text(self) -> str:
         """The part of ``text`` not taken before."""
+    def rethrow(self) -> None:
+        """Raise what ended it with "error"."""
+    def cancel(self) -> None: ...
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
 
 class Scheduler:
-    """Steps requests of one model together. Used by one thread at a time. When something is raised
-    (NonFiniteError, Ctrl-C, ...), every session is as after its last pass."""
+    """Steps requests of one model together. Used by one thread at a time (BusyError for a second).
+    Whatever happens to a request, the others go on; Ctrl-C is raised between two pieces of work,
+    and the next step goes on from there."""
 
-    def __init__(self) -> None: ...
+    def __init__(self, model: Model, max_live: int = ...) -> None: ...
     def submit(self, request: Request) -> None:
-        """Takes part from the next step on, which reads its prompt."""
-    def step(self) -> None:
-        """One token for each request. Afterwards every session holds all that was drawn for it.
-        Requests that ended leave."""
+        """Takes part from the next step on."""
+    def step(self, budget_ms: float | None = ...) -> list[tuple[Request, int | None]]:
+        """Work for that long, or, without a budget, until some request has drawn a token or ended.
+        Returns what came of it: (request, token), and (request, None) when it ended."""
     def run(self) -> list[Request]:
         """Step until a request has ended. Those that have leave and are returned, in the order in
-        which they came; their sessions may lack the last token."""
+        which they came."""
+    @property
+    def stats(self) -> dict[str, Any]:
+        """n_live and n_waiting (for their first token) requests; tokens_read, tokens_drawn, pieces
+        of work and the time spent_ms in them since the beginning; next_piece_ms."""
 
 def forward(
     sessions: Sequence[Session], tokens: Sequence[Sequence[int]], all_logits: bool = ...
@@ -154,13 +174,6 @@ def sample(session: Session, params: SamplingParams, text: StreamDecoder | None 
     """Draw the next token from the session's logits. With ``text``, what was generated so far,
     tokens that would break a character are not drawn. The session does not move: feed it with
     forward()."""
-
-def sample_each(
-    sessions: Sequence[Session],
-    params: Sequence[SamplingParams],
-    texts: Sequence[StreamDecoder | None],
-) -> list[int]:
-    """sample() for many sessions, each once, side by side on the model's threads."""
 
 def logprob(session: Session, token: int) -> float:
     """Natural log of the probability of ``token`` as the next one, under the model's unmodified

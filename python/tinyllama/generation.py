@@ -68,6 +68,8 @@ def new_request(
     options: SamplingParams,
     decoder: _core.StreamDecoder,
     n_top: int | None = None,
+    priority: int = 0,
+    deadline_ms: float | None = None,
 ) -> _core.Request:
     """What is to be made of a session that has still to read ``prompt``."""
     return _core.Request(
@@ -80,6 +82,8 @@ def new_request(
         end_tokens(model.tokenizer),
         [stop.encode("utf-8", "surrogatepass") for stop in options.stop_strings()],
         n_top,
+        priority,
+        deadline_ms,
     )
 
 
@@ -88,13 +92,14 @@ def end_tokens(tokenizer: _core.Tokenizer) -> list[int]:
     return sorted({tokenizer.eos_id, tokenizer.bos_id} - {-1})
 
 
-def stream_pieces(request: _core.Request) -> Iterator[str]:
+def stream_pieces(model: _core.Model, request: _core.Request) -> Iterator[str]:
     """Text piece by piece. Every token is in the session before its text is handed out, so that
     the session can be read, forked or fed at any moment, and left at any moment."""
-    scheduler = _core.Scheduler()
+    scheduler = _core.Scheduler(model)
     scheduler.submit(request)
     while request.finish_reason is None:
         scheduler.step()
+        request.rethrow()
         if piece := request.take_text():
             yield piece
 
@@ -118,7 +123,7 @@ def complete_prompts(
     read: dict[int, _core.Session] = {}  # prompts of which sequences are still to start
     live: dict[_core.Request, tuple[int, int]] = {}
     done: dict[tuple[int, int], Completion] = {}
-    scheduler = _core.Scheduler()
+    scheduler = _core.Scheduler(model)
     while waiting or live:
         starting = [waiting.popleft() for _ in range(min(len(waiting), MAX_LIVE - len(live)))]
         # The last sequence of a prompt takes the session that read it, the others copies.
@@ -136,6 +141,7 @@ def complete_prompts(
             live[request] = i, j
             scheduler.submit(request)
         for request in scheduler.run():
+            request.rethrow()
             i, j = live.pop(request)
             seed = sequence_seed(first_seed, i * n + j)
             done[i, j] = _completion(model, request, len(prompts[i]), n_top, seed)

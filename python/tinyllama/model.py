@@ -27,6 +27,7 @@ from .config import Config, RopeScaling
 from .errors import ArgumentError, ContextFullError
 from .generation import Completion, OnDone, complete_prompts, end_tokens
 from .sampling import SamplingParams, as_int
+from .scheduler import Scheduler
 from .session import Session
 
 if TYPE_CHECKING:
@@ -193,6 +194,11 @@ class Model:
     def session(self, seed: int | None = None) -> Session:
         """A new, empty timeline, which draws from ``seed``, or from fresh entropy."""
         return Session(self, _core.Session(self._core, checked_seed(seed)))
+
+    def scheduler(self, max_sessions: int = 64) -> Scheduler:
+        """A :class:`Scheduler`, which continues up to ``max_sessions`` texts together under a time
+        budget."""
+        return Scheduler(self, max_sessions)
 
     def _options(self, params: SamplingParams | None, sampling: dict[str, Any]) -> SamplingParams:
         if params is not None and not isinstance(params, SamplingParams):

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 _NOT_IN_SESSIONS = {"seed": None, "num_return_sequences": 1, "return_full_text": False}
 
 
+def refuse_options_of_models(options: SamplingParams) -> None:
+    for name, default in _NOT_IN_SESSIONS.items():
+        value = getattr(options, name)
+        if value != default:
+            raise ArgumentError(f"{name} is {value}; a session's generate does not take it")
+
+
 class Session:
     """One timeline: the tokens so far, what the model made of them, and a random state of its own.
     Used by one thread at a time; two at once raise BusyError. Made by :meth:`Model.session`.
@@ -66,15 +73,23 @@ class Session:
         if written right behind it: give the space between words yourself. Token ids are taken as
         they are. Raises ContextFullError, and changes nothing, when they do not fit.
         """
-        if isinstance(text_or_tokens, str) and self._core.n_tokens:
-            tokens = self.model.tokenizer._core.encode(
-                checked_text(text_or_tokens), False, False, at_start=self._at_start()
-            )
-        else:
-            tokens = self.model._tokens(text_or_tokens)
-        if tokens:
+        if tokens := self._tokens(text_or_tokens):
             _core.forward([self._core], [tokens])
             self._decoder = None
+
+    def append(self, text_or_tokens: Prompt) -> None:
+        """Like :meth:`feed`, but the model reads it only when somebody asks what comes next: at
+        once, or piece by piece in a :class:`Scheduler`."""
+        if tokens := self._tokens(text_or_tokens):
+            self._core.append(tokens)
+            self._decoder = None
+
+    def _tokens(self, text_or_tokens: Prompt) -> list[int]:
+        if isinstance(text_or_tokens, str) and self._core.n_tokens:
+            return self.model.tokenizer._core.encode(
+                checked_text(text_or_tokens), False, False, at_start=self._at_start()
+            )
+        return self.model._tokens(text_or_tokens)
 
     @takes_sampling
     def generate(self, *, params: SamplingParams | None = None, **sampling: Any) -> Iterator[str]:
@@ -86,20 +101,15 @@ class Session:
         return_full_text belong to Model.generate. Raises ArgumentError for a wrong option.
         """
         options = self.model._options(params, sampling)
-        for name, default in _NOT_IN_SESSIONS.items():
-            value = getattr(options, name)
-            if value != default:
-                raise ArgumentError(f"{name} is {value}; a session's generate does not take it")
+        refuse_options_of_models(options)
         return self._generate(options)
 
     def _generate(self, options: SamplingParams) -> Iterator[str]:
         if not self._core.n_tokens:
             self.feed("")
-        if self._decoder is None:
-            self._decoder = _core.StreamDecoder(self.model.tokenizer._core, self._at_start())
-        request = new_request(self.model._core, self._core, [], options, self._decoder)
+        request = new_request(self.model._core, self._core, [], options, self._text_decoder())
         self.finish_reason = None
-        yield from stream_pieces(request)
+        yield from stream_pieces(self.model._core, request)
         self.finish_reason = request.finish_reason
 
     def rewind(self, n_tokens: int) -> None:
@@ -111,6 +121,11 @@ class Session:
     def fork(self, seed: int | None = None) -> Session:
         """A second timeline with the same past, which draws from ``seed``, or fresh entropy."""
         return Session(self.model, self._core.fork(checked_seed(seed)))
+
+    def _text_decoder(self) -> _core.StreamDecoder:
+        if self._decoder is None:
+            self._decoder = _core.StreamDecoder(self.model.tokenizer._core, self._at_start())
+        return self._decoder
 
     def _at_start(self) -> bool:
         return at_start(self.model.tokenizer._core, self._core.tokens)

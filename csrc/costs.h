@@ -1,0 +1,52 @@
+// What pieces of work have cost so far, and what the next ones will.
+#pragma once
+
+#include <array>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace tinyllama {
+
+using Clock = std::chrono::steady_clock;
+using Seconds = std::chrono::duration<double>;
+
+// A piece of work: attention, feed_forward and output are those of a forward pass, for n rows; n
+// draws of tokens are one as well. `amount` is in units that a piece's cost grows with.
+struct Work {
+    enum class Kind : std::uint8_t { attention, feed_forward, output, draw };
+    Kind kind;
+    std::int64_t n;
+    std::int64_t amount;
+};
+
+// For every kind and every n the time per amount, as a running mean and mean deviation: the way TCP
+// estimates round trips (Jacobson 1988). Of an n that was never seen, as of the nearest that was.
+class Costs {
+public:
+    static constexpr std::int64_t max_n = 256;
+
+    // On the careful side: 0 as long as nothing of the kind is known.
+    Seconds estimate(const Work& work) const;
+
+    // Several pieces took so long together.
+    void learn(const std::vector<Work>& pieces, Seconds elapsed);
+
+    // A piece did not fit where nothing else stood before it. What is never tried is never measured
+    // again: it is thought a little cheaper each time, until it is tried.
+    void doubt(const Work& work);
+
+private:
+    struct Rate {
+        double mean = 0;  // seconds per amount; 0: never seen
+        double deviation = 0;
+    };
+    using Rates = std::array<Rate, max_n + 1>;
+
+    const Rate* nearest(const Work& work) const;
+
+    std::array<Rates, 4> rates_;
+};
+
+}  // namespace tinyllama

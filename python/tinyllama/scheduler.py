@@ -1,0 +1,162 @@
+"""Many texts continued together, a few milliseconds at a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from . import _core
+from .arguments import Prompt, takes_sampling
+from .errors import ArgumentError
+from .generation import new_request
+from .sampling import SamplingParams, as_int
+from .session import Session, refuse_options_of_models
+
+if TYPE_CHECKING:
+    from .model import Model
+
+
+class Request:
+    """One text on its way. ``session`` holds its tokens, prompt and all; it can be read, forked or
+    rewound at any time between steps, and goes on from there."""
+
+    def __init__(self, session: Session, core: _core.Request) -> None:
+        self.session = session
+        self._core = core
+
+    def __repr__(self) -> str:
+        return f"<tinyllama.Request: {len(self.tokens)} tokens, {self.finish_reason or 'live'}>"
+
+    @property
+    def text(self) -> str:
+        """What was made so far, whole characters."""
+        return self._core.text
+
+    @property
+    def tokens(self) -> list[int]:
+        """What was drawn so far, without an end token."""
+        return self._core.tokens
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None while it goes on; then "stop" (the model ended the text, or a stop string was met),
+        "length", "cancelled", "deadline", or "error" (see :attr:`error`)."""
+        return self._core.finish_reason
+
+    @property
+    def done(self) -> bool:
+        return self._core.finish_reason is not None
+
+    @property
+    def error(self) -> Exception | None:
+        """What ended it with "error"."""
+        try:
+            self._core.rethrow()
+        except Exception as error:
+            return error
+        return None
+
+    def cancel(self) -> None:
+        """End it before the next piece of work, also while its prompt is read. Any thread may."""
+        self._core.cancel()
+
+    def pause(self) -> None:
+        """Let it rest from the next piece of work on, until :meth:`resume`. Any thread may."""
+        self._core.pause()
+
+    def resume(self) -> None:
+        self._core.resume()
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a step did for one request: the text that became certain, the tokens that were drawn,
+    and whether it has ended."""
+
+    request: Request
+    text: str
+    tokens: tuple[int, ...]
+    done: bool
+
+
+class Scheduler:
+    """Continues many texts of one model together, each as if it were alone: the same tokens,
+    whatever runs beside it, however time is cut. Used by one thread at a time; a second one gets
+    BusyError. Made by :meth:`Model.scheduler`."""
+
+    def __init__(self, model: Model, max_sessions: int = 64) -> None:
+        self.model = model
+        self._core = _core.Scheduler(model._core, as_int("max_sessions", max_sessions, 1))
+        self._live: dict[_core.Request, Request] = {}
+
+    @takes_sampling
+    def submit(
+        self,
+        prompt_or_session: Prompt | Session,
+        *,
+        priority: int = 0,
+        deadline_ms: float | None = None,
+        params: SamplingParams | None = None,
+        **sampling: Any,
+    ) -> Request:
+        """Queue a text to be continued from the next step on.
+
+        A prompt begins a session of its own; a session goes on as it is (add text to it with
+        :meth:`Session.append`, which does not read it yet), and its own seed counts. Where not
+        all fit into a step, those of higher ``priority`` come first, then those whose deadline is
+        nearer. ``deadline_ms`` from now a request that has not ended does, with finish_reason
+        "deadline". More than ``max_sessions`` wait for others to end.
+
+        Raises ArgumentError for a wrong option or token id, ContextFullError for a prompt longer
+        than the context, BusyError for a session in use.
+        """
+        options = self.model._options(params, sampling)
+        if deadline_ms is not None and not 0 <= deadline_ms < math.inf:
+            raise ArgumentError(f"deadline_ms is {deadline_ms}; it must be 0 or more")
+        session = prompt_or_session
+        if not isinstance(session, Session):
+            session = self.model.session(options.seed)
+            session.append(prompt_or_session)
+            options = replace(options, seed=None)
+        refuse_options_of_models(options)
+        request = new_request(
+            self.model._core,
+            session._core,
+            [],
+            options,
+            session._text_decoder(),
+            priority=as_int("priority", priority, -(2**31)),
+            deadline_ms=deadline_ms,
+        )
+        self._core.submit(request)
+        self._live[request] = Request(session, request)
+        return self._live[request]
+
+    def step(self, budget_ms: float | None = None) -> list[Event]:
+        """Work for at most ``budget_ms``, and return what came of it, one event per request.
+
+        No piece of work (half a layer for all who speak, a part of the output head, some draws) is
+        begun that would, by what such pieces have cost so far, not be over in time; a pass through
+        the model that does not fit goes on in the next step. 0 only ends what was cancelled or is
+        too late. None: work until some request has drawn a token or ended.
+        """
+        if budget_ms is not None and not 0 <= budget_ms < math.inf:
+            raise ArgumentError(f"budget_ms is {budget_ms}; it must be 0 or more")
+        drawn: dict[_core.Request, list[int]] = {}
+        for core, token in self._core.step(budget_ms):
+            tokens = drawn.setdefault(core, [])
+            if token is not None:
+                tokens.append(token)
+        return [self._event(core, tokens) for core, tokens in drawn.items()]
+
+    def _event(self, core: _core.Request, tokens: list[int]) -> Event:
+        done = core.finish_reason is not None
+        request = self._live.pop(core) if done else self._live[core]
+        return Event(request, core.take_text(), tuple(tokens), done)
+
+    def stats(self) -> dict[str, Any]:
+        """n_live requests and n_waiting ones (for their first token); tokens_read, tokens_drawn,
+        pieces of work and the milliseconds spent_ms in them since the beginning; next_piece_ms:
+        what the next piece is thought to take. A budget below that does nothing."""
+        return self._core.stats
