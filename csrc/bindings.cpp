@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -304,12 +305,28 @@ py::dict stats_dict(Scheduler& scheduler) {
     return result;
 }
 
-// (request, token), or (request, None) for one that has ended.
-py::list events_list(const std::vector<Event>& events) {
-    py::list result;
+// What a step did for one request.
+struct RequestEvent {
+    std::shared_ptr<Request> request;
+    std::string text;
+    Tokens tokens;
+    bool done = false;
+};
+
+// One for each request, in the order in which something first became of it.
+std::vector<RequestEvent> by_request(const std::vector<Event>& events) {
+    std::vector<RequestEvent> result;
+    std::unordered_map<const Request*, std::size_t> places;
     for (const Event& event : events) {
-        const py::object token = event.token < 0 ? py::object(py::none()) : py::int_(event.token);
-        result.append(py::make_tuple(event.request, token));
+        const auto [place, is_new] = places.try_emplace(event.request.get(), result.size());
+        if (is_new)
+            result.push_back({event.request, std::string(event.request->take_text()), {}, false});
+        RequestEvent& mine = result[place->second];
+        if (event.token >= 0) {
+            mine.tokens.push_back(event.token);
+        } else {
+            mine.done = true;
+        }
     }
     return result;
 }
@@ -348,11 +365,21 @@ void bind_scheduler(py::module_& m) {
         .def_property_readonly("finish_reason",
                                [](const Request& self) { return ending_name(self.ending()); })
         .def_property_readonly("paused", &Request::paused)
-        .def("take_text", &Request::take_text)
         .def("rethrow", &Request::rethrow)
         .def("cancel", &Request::cancel)
         .def("pause", &Request::pause)
         .def("resume", &Request::resume);
+
+    py::class_<RequestEvent>(m, "Event")
+        .def_readonly("request", &RequestEvent::request)
+        .def_readonly("text", &RequestEvent::text)
+        .def_property_readonly(
+            "tokens", [](const RequestEvent& self) { return py::tuple(py::cast(self.tokens)); })
+        .def_readonly("done", &RequestEvent::done)
+        .def("__repr__", [](const RequestEvent& self) {
+            return "<tinyllama.Event: " + std::to_string(self.tokens.size()) + " tokens, " +
+                   (self.done ? "done" : "live") + ">";
+        });
 
     py::class_<Scheduler>(m, "Scheduler")
         .def(py::init([](std::shared_ptr<Model> model, std::int64_t max_live) {
@@ -363,15 +390,10 @@ void bind_scheduler(py::module_& m) {
         .def(
             "step",
             [](Scheduler& self, std::optional<double> budget_ms) {
-                const std::vector<Event>* events = nullptr;
-                {
-                    const py::gil_scoped_release release;
-                    events = budget_ms ? &self.step(Seconds(*budget_ms / 1e3), SignalCheck())
-                                       : &self.step(SignalCheck());
-                }
-                return events_list(*events);
+                return by_request(budget_ms ? self.step(Seconds(*budget_ms / 1e3), SignalCheck())
+                                            : self.step(SignalCheck()));
             },
-            py::arg("budget_ms") = py::none())
+            py::arg("budget_ms") = py::none(), py::call_guard<py::gil_scoped_release>())
         .def_property_readonly("stats", &stats_dict)
         .def(
             "run", [](Scheduler& self) { return self.run(SignalCheck()); },

@@ -10,7 +10,7 @@ from random_models import tiny_checkpoint, tiny_model
 from tinyllama import SamplingParams, _core, load
 from tinyllama.errors import ArgumentError, BusyError, ContextFullError, NonFiniteError
 from tinyllama.formats.gguf import gguf_bytes
-from tinyllama.generation import new_request
+from tinyllama.generation import request_arguments
 
 PROMPT = [1, 40, 50, 60]
 OPTIONS = SamplingParams(
@@ -26,7 +26,7 @@ def model():
 def request_of(model, seed, prompt=PROMPT, options=OPTIONS, session=None):
     session = session or _core.Session(model, seed)
     decoder = _core.StreamDecoder(model.tokenizer, True)
-    return new_request(model, session, prompt, options, decoder, n_top=2)
+    return _core.Request(*request_arguments(model, session, prompt, options, decoder, n_top=2))
 
 
 def made(request):
@@ -85,15 +85,13 @@ def test_after_a_step_every_session_holds_its_token(model):
             assert session.logits().tobytes() == fork.logits().tobytes()
 
 
-def test_text_is_taken_once(model):
+def test_text_comes_once(model):
     scheduler = _core.Scheduler(model)
     request = request_of(model, 3)
     scheduler.submit(request)
     pieces = []
     while request.finish_reason is None:
-        scheduler.step()
-        pieces.append(request.take_text())
-        assert request.take_text() == ""
+        pieces += [event.text for event in scheduler.step()]
         assert request.text == "".join(pieces)
 
 

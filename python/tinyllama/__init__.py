@@ -10,14 +10,14 @@ import importlib
 from types import ModuleType
 
 from . import errors
-from ._core import __version__, supported_isas
+from ._core import Event, __version__, supported_isas
 from .config import Config, RopeScaling
 from .errors import TinyllamaError
 from .generation import Completion, TokenLogprob, Usage
 from .loading import generate, load, stream
 from .model import Model, Tokenizer
 from .sampling import SamplingParams
-from .scheduler import Event, Request, Scheduler
+from .scheduler import Request, Scheduler
 from .session import Session
 
 __all__ = [

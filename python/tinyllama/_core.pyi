@@ -134,13 +134,24 @@ class Request:
         """None while it goes on, then "stop", "length", "cancelled", "deadline" or "error"."""
     @property
     def paused(self) -> bool: ...
-    def take_text(self) -> str:
-        """The part of ``text`` not taken before."""
     def rethrow(self) -> None:
         """Raise what ended it with "error"."""
     def cancel(self) -> None: ...
     def pause(self) -> None: ...
     def resume(self) -> None: ...
+
+class Event:
+    """What a step did for one request: the text that became certain, the tokens that were drawn,
+    and whether it has ended."""
+
+    @property
+    def request(self) -> Request: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def tokens(self) -> tuple[int, ...]: ...
+    @property
+    def done(self) -> bool: ...
 
 class Scheduler:
     """Steps requests of one model together. Used by one thread at a time (BusyError for a second).
@@ -150,9 +161,9 @@ class Scheduler:
     def __init__(self, model: Model, max_live: int = ...) -> None: ...
     def submit(self, request: Request) -> None:
         """Takes part from the next step on."""
-    def step(self, budget_ms: float | None = ...) -> list[tuple[Request, int | None]]:
+    def step(self, budget_ms: float | None = ...) -> list[Event]:
         """Work for that long, or, without a budget, until some request has drawn a token or ended.
-        Returns what came of it: (request, token), and (request, None) when it ended."""
+        Returns what came of it, one event per request, whose text is thereby taken."""
     def run(self) -> list[Request]:
         """Step until a request has ended. Those that have leave and are returned, in the order in
         which they came."""

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from . import _core
 from .sampling import SamplingParams
@@ -61,7 +61,7 @@ class Completion:
 OnDone: TypeAlias = "Callable[[int, int, Completion], object]"
 
 
-def new_request(
+def request_arguments(
     model: _core.Model,
     session: _core.Session,
     prompt: list[int],
@@ -70,9 +70,9 @@ def new_request(
     n_top: int | None = None,
     priority: int = 0,
     deadline_ms: float | None = None,
-) -> _core.Request:
-    """What is to be made of a session that has still to read ``prompt``."""
-    return _core.Request(
+) -> tuple[Any, ...]:
+    """The arguments of a _core.Request: a session that has still to read ``prompt``."""
+    return (
         session,
         prompt,
         decoder,
@@ -98,10 +98,10 @@ def stream_pieces(model: _core.Model, request: _core.Request) -> Iterator[str]:
     scheduler = _core.Scheduler(model)
     scheduler.submit(request)
     while request.finish_reason is None:
-        scheduler.step()
-        request.rethrow()
-        if piece := request.take_text():
-            yield piece
+        for event in scheduler.step():
+            request.rethrow()
+            if event.text:
+                yield event.text
 
 
 def complete_prompts(
@@ -137,7 +137,8 @@ def complete_prompts(
             session = read.pop(i) if last else read[i].fork(sequence_seed(first_seed, i * n + j))
             decoder = _core.StreamDecoder(model.tokenizer, at_start(model.tokenizer, prompts[i]))
             prompt = prompts[i] if n == 1 else []
-            request = new_request(model, session, prompt, params, decoder, n_top)
+            arguments = request_arguments(model, session, prompt, params, decoder, n_top)
+            request = _core.Request(*arguments)
             live[request] = i, j
             scheduler.submit(request)
         for request in scheduler.run():

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, cast
 
 from . import _core
 from .arguments import Prompt, takes_sampling
 from .errors import ArgumentError
-from .generation import new_request
+from .generation import request_arguments
 from .sampling import SamplingParams, as_int
 from .session import Session, refuse_options_of_models
 
@@ -17,67 +17,35 @@ if TYPE_CHECKING:
     from .model import Model
 
 
-class Request:
+class Request(_core.Request):
     """One text on its way. ``session`` holds its tokens, prompt and all; it can be read, forked or
-    rewound at any time between steps, and goes on from there."""
+    rewound at any time between steps, and goes on from there.
 
-    def __init__(self, session: Session, core: _core.Request) -> None:
-        self.session = session
-        self._core = core
+    ``text``: what was made so far, whole characters; ``tokens``: what was drawn so far, without an
+    end token. ``finish_reason``: None while it goes on; then "stop" (the model ended the text, or a
+    stop string was met), "length", "cancelled", "deadline", or "error" (see :attr:`error`).
+    ``cancel()`` ends it before the next piece of work, also while its prompt is read; ``pause()``
+    lets it rest from then on, until ``resume()``: any thread may call these.
+    """
+
+    session: Session
 
     def __repr__(self) -> str:
         return f"<tinyllama.Request: {len(self.tokens)} tokens, {self.finish_reason or 'live'}>"
 
     @property
-    def text(self) -> str:
-        """What was made so far, whole characters."""
-        return self._core.text
-
-    @property
-    def tokens(self) -> list[int]:
-        """What was drawn so far, without an end token."""
-        return self._core.tokens
-
-    @property
-    def finish_reason(self) -> str | None:
-        """None while it goes on; then "stop" (the model ended the text, or a stop string was met),
-        "length", "cancelled", "deadline", or "error" (see :attr:`error`)."""
-        return self._core.finish_reason
-
-    @property
     def done(self) -> bool:
-        return self._core.finish_reason is not None
+        """Whether it has ended."""
+        return self.finish_reason is not None
 
     @property
     def error(self) -> Exception | None:
         """What ended it with "error"."""
         try:
-            self._core.rethrow()
+            self.rethrow()
         except Exception as error:
             return error
         return None
-
-    def cancel(self) -> None:
-        """End it before the next piece of work, also while its prompt is read. Any thread may."""
-        self._core.cancel()
-
-    def pause(self) -> None:
-        """Let it rest from the next piece of work on, until :meth:`resume`. Any thread may."""
-        self._core.pause()
-
-    def resume(self) -> None:
-        self._core.resume()
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a step did for one request: the text that became certain, the tokens that were drawn,
-    and whether it has ended."""
-
-    request: Request
-    text: str
-    tokens: tuple[int, ...]
-    done: bool
 
 
 class Scheduler:
@@ -88,7 +56,7 @@ class Scheduler:
     def __init__(self, model: Model, max_sessions: int = 64) -> None:
         self.model = model
         self._core = _core.Scheduler(model._core, as_int("max_sessions", max_sessions, 1))
-        self._live: dict[_core.Request, Request] = {}
+        self._live: set[Request] = set()  # what events name, whether anybody else holds it or not
 
     @takes_sampling
     def submit(
@@ -117,23 +85,26 @@ class Scheduler:
         session = prompt_or_session
         if not isinstance(session, Session):
             session = self.model.session(options.seed)
-            session.append(prompt_or_session)
+            session.append(prompt_or_session)  # type: ignore[arg-type]
             options = replace(options, seed=None)
         refuse_options_of_models(options)
-        request = new_request(
-            self.model._core,
-            session._core,
-            [],
-            options,
-            session._text_decoder(),
-            priority=as_int("priority", priority, -(2**31)),
-            deadline_ms=deadline_ms,
+        request = Request(
+            *request_arguments(
+                self.model._core,
+                session._core,
+                [],
+                options,
+                session._text_decoder(),
+                priority=as_int("priority", priority, -(2**31)),
+                deadline_ms=deadline_ms,
+            )
         )
+        request.session = session
         self._core.submit(request)
-        self._live[request] = Request(session, request)
-        return self._live[request]
+        self._live.add(request)
+        return request
 
-    def step(self, budget_ms: float | None = None) -> list[Event]:
+    def step(self, budget_ms: float | None = None) -> list[_core.Event]:
         """Work for at most ``budget_ms``, and return what came of it, one event per request.
 
         No piece of work (half a layer for all who speak, a part of the output head, some draws) is
@@ -143,17 +114,11 @@ class Scheduler:
         """
         if budget_ms is not None and not 0 <= budget_ms < math.inf:
             raise ArgumentError(f"budget_ms is {budget_ms}; it must be 0 or more")
-        drawn: dict[_core.Request, list[int]] = {}
-        for core, token in self._core.step(budget_ms):
-            tokens = drawn.setdefault(core, [])
-            if token is not None:
-                tokens.append(token)
-        return [self._event(core, tokens) for core, tokens in drawn.items()]
-
-    def _event(self, core: _core.Request, tokens: list[int]) -> Event:
-        done = core.finish_reason is not None
-        request = self._live.pop(core) if done else self._live[core]
-        return Event(request, core.take_text(), tuple(tokens), done)
+        events = self._core.step(budget_ms)
+        for event in events:
+            if event.done:
+                self._live.discard(cast("Request", event.request))
+        return events
 
     def stats(self) -> dict[str, Any]:
         """n_live requests and n_waiting ones (for their first token); tokens_read, tokens_drawn,

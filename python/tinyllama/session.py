@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import _core
 from .arguments import Prompt, checked_seed, checked_text, takes_sampling
 from .errors import ArgumentError
-from .generation import at_start, new_request, stream_pieces
+from .generation import at_start, request_arguments, stream_pieces
 from .sampling import SamplingParams, as_int
 
 if TYPE_CHECKING:
@@ -107,7 +107,9 @@ class Session:
     def _generate(self, options: SamplingParams) -> Iterator[str]:
         if not self._core.n_tokens:
             self.feed("")
-        request = new_request(self.model._core, self._core, [], options, self._text_decoder())
+        request = _core.Request(
+            *request_arguments(self.model._core, self._core, [], options, self._text_decoder())
+        )
         self.finish_reason = None
         yield from stream_pieces(self.model._core, request)
         self.finish_reason = request.finish_reason
