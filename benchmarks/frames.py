@@ -29,7 +29,7 @@ class Crowd:
     """Texts of random length, 40 to 64 at once; now and then one is sent away."""
 
     def __init__(self, model: tinyllama.Model, seed: int) -> None:
-        self.scheduler = model.scheduler(MAX_SESSIONS)
+        self.scheduler = model.scheduler(MAX_SESSIONS, reserve_tokens=MAX_SESSIONS * 256)
         self._rng = np.random.default_rng(seed)
         self._vocab_size = model.tokenizer.vocab_size
         self._live: list[tinyllama.Request] = []

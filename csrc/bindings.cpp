@@ -382,10 +382,8 @@ void bind_scheduler(py::module_& m) {
         });
 
     py::class_<Scheduler>(m, "Scheduler")
-        .def(py::init([](std::shared_ptr<Model> model, std::int64_t max_live) {
-                 return std::make_unique<Scheduler>(std::move(model), max_live);
-             }),
-             py::arg("model"), py::arg("max_live") = 64)
+        .def(py::init<std::shared_ptr<Model>, std::int64_t, std::int64_t>(), py::arg("model"),
+             py::arg("max_live") = 64, py::arg("n_positions") = 0)
         .def("submit", &Scheduler::submit, py::arg("request"))
         .def(
             "step",

@@ -223,7 +223,8 @@ py::array_t<float> kernel_attend(const std::string& isa, const std::string& kv_d
                 v.shape(1) == k.shape(1),
             "k and v must be (positions, head_dim)");
     const std::int64_t n = q.shape(0), head_dim = q.shape(1), n_stored = k.shape(0);
-    KvCache cache({2, 3, head_dim, find_kv_type(kv_dtype)});
+    const KvLayout layout{2, 3, head_dim, find_kv_type(kv_dtype)};
+    KvCache cache(std::make_shared<KvPool>(layout));
     cache.reserve(0, static_cast<std::int32_t>(n_stored));
     const KvHead head = cache.head(1, 1);
     for (std::int64_t block = 0; block * kv_block < n_stored; ++block) {

@@ -6,11 +6,20 @@
 namespace tinyllama {
 namespace {
 
-constexpr double weight = 1.0 / 8;  // of the latest piece in the running means
 constexpr double n_deviations = 2;
 constexpr double first_deviation = 0.25;  // of the mean, after a single piece
+// The share of the latest piece in the running means falls to this.
+constexpr double least_weight = 1.0 / 16;
 // One stop of the machine says little about the next piece.
-constexpr double most_at_once = 4;
+constexpr double most_at_once = 3;
+
+// 1, 2, 3 to 4, 5 to 8, and so on: within one of them, what a row costs differs by less than twice.
+std::size_t bucket(std::int64_t n) {
+    std::size_t result = 0;
+    while ((std::int64_t{1} << result) < n)
+        ++result;
+    return result;
+}
 
 }  // namespace
 
@@ -18,12 +27,17 @@ constexpr double most_at_once = 4;
 // So the nearest below is taken first.
 const Costs::Rate* Costs::nearest(const Work& work) const {
     const Rates& rates = rates_[static_cast<std::size_t>(work.kind)];
-    const auto n = static_cast<std::size_t>(std::clamp<std::int64_t>(work.n, 0, max_n));
-    for (std::size_t i = n + 1; i-- > 0;)
-        if (rates[i].mean > 0) return &rates[i];
-    for (std::size_t i = n + 1; i < rates.size(); ++i)
-        if (rates[i].mean > 0) return &rates[i];
+    const std::size_t mine = std::min(bucket(work.n), rates.size() - 1);
+    for (std::size_t i = mine + 1; i-- > 0;)
+        if (rates[i].n_seen > 0) return &rates[i];
+    for (std::size_t i = mine + 1; i < rates.size(); ++i)
+        if (rates[i].n_seen > 0) return &rates[i];
     return nullptr;
+}
+
+Costs::Rate& Costs::own(const Work& work) {
+    Rates& rates = rates_[static_cast<std::size_t>(work.kind)];
+    return rates[std::min(bucket(work.n), rates.size() - 1)];
 }
 
 Seconds Costs::estimate(const Work& work) const {
@@ -41,29 +55,29 @@ void Costs::learn(const std::vector<Work>& pieces, Seconds elapsed) {
         amount += static_cast<double>(work.amount);
     }
     if (amount <= 0) return;
+    // Shared out as the means had foreseen it.
+    const double ratio = std::min(elapsed.count() / expected, most_at_once);
     for (const Work& work : pieces) {
         const Rate* const known = nearest(work);
-        const double before = known == nullptr ? 0 : known->mean;
-        // Shared out as the means had foreseen it.
-        const double ratio = expected > 0 ? elapsed.count() / expected : 0;
-        double seen = before > 0 ? before * ratio : elapsed.count() / amount;
-        const auto n = static_cast<std::size_t>(std::clamp<std::int64_t>(work.n, 0, max_n));
-        Rate& rate = rates_[static_cast<std::size_t>(work.kind)][n];
-        if (rate.mean <= 0) {
-            rate = {seen, first_deviation * seen};
+        const double seen = known == nullptr ? elapsed.count() / amount : ratio * known->mean;
+        Rate& rate = own(work);
+        rate.n_seen += 1;
+        if (rate.n_seen == 1) {
+            rate.mean = seen;
+            rate.deviation = first_deviation * seen;
             continue;
         }
-        seen = std::min(seen, most_at_once * rate.mean);
+        const double weight = std::max(1.0 / static_cast<double>(rate.n_seen), least_weight);
         rate.deviation += weight * (std::fabs(seen - rate.mean) - rate.deviation);
         rate.mean += weight * (seen - rate.mean);
     }
 }
 
 void Costs::doubt(const Work& work) {
-    const Rate* const rate = nearest(work);
-    if (rate == nullptr) return;
-    const auto n = static_cast<std::size_t>(std::clamp<std::int64_t>(work.n, 0, max_n));
-    rates_[static_cast<std::size_t>(work.kind)][n] = {0.95 * rate->mean, 0.5 * rate->deviation};
+    const Rate* const known = nearest(work);
+    if (known == nullptr) return;
+    const Rate less{0.99 * known->mean, 0.9 * known->deviation, 1};
+    own(work) = less;
 }
 
 }  // namespace tinyllama

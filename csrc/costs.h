@@ -21,30 +21,30 @@ struct Work {
     std::int64_t amount;
 };
 
-// For every kind and every n the time per amount, as a running mean and mean deviation: the way TCP
-// estimates round trips (Jacobson 1988). Of an n that was never seen, as of the nearest that was.
+// For every kind, and n up to each power of two, the time per amount as a running mean and mean
+// deviation: the way TCP estimates round trips (Jacobson 1988).
 class Costs {
 public:
-    static constexpr std::int64_t max_n = 256;
-
     // On the careful side: 0 as long as nothing of the kind is known.
     Seconds estimate(const Work& work) const;
 
     // Several pieces took so long together.
     void learn(const std::vector<Work>& pieces, Seconds elapsed);
 
-    // A piece did not fit where nothing else stood before it. What is never tried is never measured
-    // again: it is thought a little cheaper each time, until it is tried.
+    // A piece was found too dear. What is never tried is never measured again: so it is thought a
+    // little cheaper each time, until it is tried.
     void doubt(const Work& work);
 
 private:
     struct Rate {
-        double mean = 0;  // seconds per amount; 0: never seen
+        double mean = 0;  // seconds per amount
         double deviation = 0;
+        std::int64_t n_seen = 0;
     };
-    using Rates = std::array<Rate, max_n + 1>;
+    using Rates = std::array<Rate, 10>;
 
     const Rate* nearest(const Work& work) const;
+    Rate& own(const Work& work);
 
     std::array<Rates, 4> rates_;
 };

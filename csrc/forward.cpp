@@ -131,7 +131,12 @@ std::int64_t Pass::n_pieces(Work::Kind kind) const {
 void Pass::advance(std::int64_t n) {
     const std::int64_t end = std::min(n_done_ + n, n_pieces_);
     if (end == n_done_) return;
-    model_.threads().run_team(n_threads(), [&](const Team& team) { do_pieces(team, end); });
+    std::int64_t amount = 0;
+    for (std::int64_t i = 0; i < end - n_done_; ++i)
+        amount += next(i).amount;
+    const std::chrono::microseconds patience(std::clamp<std::int64_t>(amount >> 19, 20, 200));
+    model_.threads().run_team(
+        n_threads(), [&](const Team& team) { do_pieces(team, end); }, patience);
     n_done_ = end;
 }
 

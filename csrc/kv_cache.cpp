@@ -40,59 +40,163 @@ std::int64_t KvLayout::head_bytes() const {
     }
 }
 
+struct KvPool::Slab {
+    Slab(std::size_t n, std::size_t block_bytes) : memory(n * block_bytes), blocks(n) {
+        for (std::size_t i = n; i-- > 0;) {
+            blocks[i].data = memory.data() + i * block_bytes;
+            blocks[i].slab = this;
+            blocks[i].next_free = first_free;
+            first_free = &blocks[i];
+        }
+    }
+
+    AlignedBytes memory;
+    std::vector<Block> blocks;
+    Block* first_free = nullptr;
+    std::size_t n_used = 0;
+};
+
+KvPool::KvPool(const KvLayout& layout) : layout_(layout) {}
+KvPool::~KvPool() = default;
+
+void KvPool::take(std::size_t n, std::vector<Block*>* blocks) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    blocks->reserve(blocks->size() + n);
+    if (n > n_free_) add_slab(n - n_free_);
+    for (const auto& slab : slabs_) {
+        for (; n > 0 && slab->first_free != nullptr; --n) {
+            Block* const block = slab->first_free;
+            slab->first_free = block->next_free;
+            slab->n_used += 1;
+            n_free_ -= 1;
+            block->n_users.store(1, std::memory_order_relaxed);
+            blocks->push_back(block);
+        }
+    }
+}
+
+void KvPool::release(Block* block) {
+    if (block->n_users.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    const std::lock_guard<std::mutex> lock(mutex_);
+    Slab* const slab = block->slab;
+    block->next_free = slab->first_free;
+    slab->first_free = block;
+    slab->n_used -= 1;
+    n_free_ += 1;
+    if (slab->n_used == 0 && n_keepers_ == 0) drop_empty_slabs();
+}
+
+void KvPool::keep(std::size_t n_blocks) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (n_blocks > n_free_) {
+        add_slab(n_blocks - n_free_);
+        const Slab& slab = *slabs_.back();
+        std::memset(slab.memory.data(), 0,
+                    slab.blocks.size() * static_cast<std::size_t>(layout_.block_bytes()));
+    }
+    n_keepers_ += 1;
+}
+
+void KvPool::let_go() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    n_keepers_ -= 1;
+    if (n_keepers_ == 0) drop_empty_slabs();
+}
+
+std::int64_t KvPool::n_bytes() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    std::size_t n_blocks = 0;
+    for (const auto& slab : slabs_)
+        n_blocks += slab->blocks.size();
+    return static_cast<std::int64_t>(n_blocks) * layout_.block_bytes();
+}
+
+void KvPool::add_slab(std::size_t n) {
+    slabs_.reserve(slabs_.size() + 1);
+    slabs_.push_back(std::make_unique<Slab>(n, static_cast<std::size_t>(layout_.block_bytes())));
+    n_free_ += n;
+}
+
+void KvPool::drop_empty_slabs() {
+    std::size_t n_left = 0;
+    for (auto& slab : slabs_) {
+        if (slab->n_used == 0) {
+            n_free_ -= slab->blocks.size();
+        } else {
+            slabs_[n_left++].swap(slab);
+        }
+    }
+    slabs_.resize(n_left);
+}
+
+KvCache& KvCache::operator=(KvCache&& other) noexcept {
+    pool_.swap(other.pool_);
+    blocks_.swap(other.blocks_);
+    pointers_.swap(other.pointers_);
+    std::swap(n_shared_, other.n_shared_);
+    return *this;
+}
+
 void KvCache::reserve(std::int32_t begin, std::int32_t end) {
     const auto first = static_cast<std::size_t>(begin / kv_block);
     const auto needed = static_cast<std::size_t>((end + kv_block - 1) / kv_block);
     if (first < n_shared_) {
         // Of the block that begin cuts, the positions before it are wanted; of later ones, nothing.
-        Block kept = begin % kv_block == 0 ? nullptr : copy_of(first);
-        blocks_.resize(first);
-        pointers_.resize(first);
+        KvCache kept(pool_);
+        if (begin % kv_block != 0) kept.append_copy(pointers_[first]);
+        shrink(first);
         n_shared_ = first;
-        if (kept != nullptr) append(std::move(kept));
+        blocks_.insert(blocks_.end(), kept.blocks_.begin(), kept.blocks_.end());
+        pointers_.insert(pointers_.end(), kept.pointers_.begin(), kept.pointers_.end());
+        kept.blocks_.clear();
     }
     if (blocks_.size() < needed) {
         // Half as many as there are, at least: so that what a long timeline reads again and again
         // lies on large pages. Memory not yet touched costs nothing.
-        allocate(std::max(needed - blocks_.size(), blocks_.size() / 2));
+        grow(std::max(needed, blocks_.size() + blocks_.size() / 2));
     }
 }
 
 KvHead KvCache::head(std::int32_t layer, std::int32_t kv_head) const {
-    const std::int64_t offset = (layer * layout_.n_kv_heads + kv_head) * layout_.head_bytes();
-    return {pointers_.data(), offset, layout_.head_dim, layout_.type};
+    const KvLayout& layout = pool_->layout();
+    const std::int64_t offset = (layer * layout.n_kv_heads + kv_head) * layout.head_bytes();
+    return {pointers_.data(), offset, layout.head_dim, layout.type};
 }
 
 KvCache KvCache::share(std::int32_t n_positions) {
     const auto whole = static_cast<std::size_t>(n_positions / kv_block);
-    KvCache other(layout_);
-    for (std::size_t i = 0; i < whole; ++i)
-        other.append(blocks_[i]);
-    if (n_positions % kv_block != 0) other.append(copy_of(whole));
+    KvCache other(pool_);
+    other.blocks_.reserve(whole + 1);
+    other.pointers_.reserve(whole + 1);
+    for (std::size_t i = 0; i < whole; ++i) {
+        blocks_[i]->n_users.fetch_add(1, std::memory_order_relaxed);
+        other.blocks_.push_back(blocks_[i]);
+        other.pointers_.push_back(pointers_[i]);
+    }
+    if (n_positions % kv_block != 0) other.append_copy(pointers_[whole]);
     other.n_shared_ = whole;
     n_shared_ = std::max(n_shared_, whole);
     return other;
 }
 
-void KvCache::append(Block block) {
-    pointers_.push_back(block.get());
-    blocks_.push_back(std::move(block));
+void KvCache::shrink(std::size_t n_blocks) {
+    while (blocks_.size() > n_blocks) {
+        pool_->release(blocks_.back());
+        blocks_.pop_back();
+        pointers_.pop_back();
+    }
 }
 
-void KvCache::allocate(std::size_t n_blocks) {
-    const auto size = static_cast<std::size_t>(layout_.block_bytes());
-    const auto memory = std::make_shared<AlignedBytes>(n_blocks * size);
-    blocks_.reserve(blocks_.size() + n_blocks);
-    pointers_.reserve(blocks_.capacity());
-    for (std::size_t i = 0; i < n_blocks; ++i)
-        append({memory, memory->data() + i * size});
+void KvCache::grow(std::size_t n_blocks) {
+    pointers_.reserve(n_blocks);
+    pool_->take(n_blocks - blocks_.size(), &blocks_);
+    while (pointers_.size() < blocks_.size())
+        pointers_.push_back(blocks_[pointers_.size()]->data);
 }
 
-KvCache::Block KvCache::copy_of(std::size_t block) const {
-    const auto size = static_cast<std::size_t>(layout_.block_bytes());
-    const auto memory = std::make_shared<AlignedBytes>(size);
-    std::memcpy(memory->data(), blocks_[block].get(), size);
-    return {memory, memory->data()};
+void KvCache::append_copy(const std::uint8_t* data) {
+    grow(blocks_.size() + 1);
+    std::memcpy(pointers_.back(), data, static_cast<std::size_t>(pool_->layout().block_bytes()));
 }
 
 }  // namespace tinyllama

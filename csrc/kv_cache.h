@@ -2,10 +2,13 @@
 // share.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kernels/kernel_table.h"
@@ -30,13 +33,55 @@ struct KvLayout {
     std::int64_t bytes_per_position() const { return block_bytes() / kv_block; }
 };
 
-class KvCache {
+// Where the blocks of a model's caches come from, in slabs. Any thread may use it.
+class KvPool {
 public:
-    explicit KvCache(const KvLayout& layout) : layout_(layout) {}
-    KvCache(KvCache&&) = default;
-    KvCache& operator=(KvCache&&) = default;
+    struct Slab;
+    struct Block {
+        std::uint8_t* data;
+        Slab* slab;
+        std::atomic<int> n_users{0};
+        Block* next_free = nullptr;  // of its slab
+    };
+
+    explicit KvPool(const KvLayout& layout);
+    ~KvPool();
+    KvPool(const KvPool&) = delete;
+    KvPool& operator=(const KvPool&) = delete;
 
     const KvLayout& layout() const { return layout_; }
+
+    // Appends n blocks with one user each; their bytes are anything. Throws std::bad_alloc.
+    void take(std::size_t n, std::vector<Block*>* blocks);
+    // A user less. Of a slab without users the memory is given back, unless someone keeps it.
+    void release(Block* block);
+
+    // Keeps all memory from now on, until as many calls of let_go() have come, with so many blocks
+    // ready to be taken, in memory that was touched. Throws std::bad_alloc.
+    void keep(std::size_t n_blocks);
+    void let_go();
+
+    std::int64_t n_bytes() const;  // of all slabs
+
+private:
+    void add_slab(std::size_t n);
+    void drop_empty_slabs();
+
+    KvLayout layout_;
+    mutable std::mutex mutex_;
+    std::vector<std::unique_ptr<Slab>> slabs_;
+    std::size_t n_free_ = 0;
+    int n_keepers_ = 0;
+};
+
+class KvCache {
+public:
+    explicit KvCache(std::shared_ptr<KvPool> pool) : pool_(std::move(pool)) {}
+    KvCache(KvCache&&) = default;
+    KvCache& operator=(KvCache&& other) noexcept;
+    ~KvCache() { shrink(0); }
+
+    const KvLayout& layout() const { return pool_->layout(); }
 
     // Makes positions [begin, end) writable; those before begin stay, those from begin on are
     // garbage. To be called before they are written. What is there is never moved, but the list
@@ -52,15 +97,12 @@ public:
     KvCache share(std::int32_t n_positions);
 
 private:
-    // Keeps alive the allocation that the block is part of.
-    using Block = std::shared_ptr<std::uint8_t>;
+    void shrink(std::size_t n_blocks);
+    void grow(std::size_t n_blocks);
+    void append_copy(const std::uint8_t* data);
 
-    void append(Block block);
-    void allocate(std::size_t n_blocks);
-    Block copy_of(std::size_t block) const;
-
-    KvLayout layout_;
-    std::vector<Block> blocks_;
+    std::shared_ptr<KvPool> pool_;
+    std::vector<KvPool::Block*> blocks_;
     std::vector<std::uint8_t*> pointers_;  // of blocks_, for the kernels
     std::size_t n_shared_ = 0;  // this many first blocks may belong to other caches too: read only
 };

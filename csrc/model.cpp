@@ -75,7 +75,8 @@ Model::Model(const std::string& name, const GgufFile& file, const Config& config
       weights_(file, config, *kernels, threads_),
       kernels_(kernels),
       n_threads_alone_(n_threads),
-      kv_layout_{config.n_layers, config.n_kv_heads, config.head_dim, kv_type},
+      kv_pool_(std::make_shared<KvPool>(
+          KvLayout{config.n_layers, config.n_kv_heads, config.head_dim, kv_type})),
       rope_frequencies_(frequencies_of(config)) {
     if (tokenizer_.vocab_size() != config_.vocab_size) {
         throw Error(Status::format_error,
@@ -90,7 +91,7 @@ Model::~Model() = default;
 // a price that these steps, one right after the other, do not show. A long step needs no trial.
 void Model::choose_threads_alone() {
     constexpr std::chrono::milliseconds long_step(4);
-    KvCache cache(kv_layout_);
+    KvCache cache(kv_pool_);
     cache.reserve(0, 1);
     std::vector<float> logits(static_cast<std::size_t>(config_.vocab_size));
     const std::vector<Row> rows{{&cache, 0, 0, logits.data()}};

@@ -43,7 +43,8 @@ public:
     Threads& threads() const { return threads_; }
     // For a step of one row, which in a tiny model may be over before other threads are awake.
     int n_threads_alone() const { return n_threads_alone_; }
-    const KvLayout& kv_layout() const { return kv_layout_; }
+    const KvLayout& kv_layout() const { return kv_pool_->layout(); }
+    const std::shared_ptr<KvPool>& kv_pool() const { return kv_pool_; }
     // The angle by which pair i of a head turns per position, (head_dim / 2).
     const std::vector<double>& rope_frequencies() const { return rope_frequencies_; }
 
@@ -63,7 +64,7 @@ private:
     Weights weights_;
     const KernelTable* kernels_;
     int n_threads_alone_;
-    KvLayout kv_layout_;
+    std::shared_ptr<KvPool> kv_pool_;
     std::vector<double> rope_frequencies_;
     mutable std::mutex mutex_;
     mutable std::vector<std::unique_ptr<Pass>> passes_;

@@ -47,7 +47,7 @@ void pause_briefly() {
 
 // Waits for happened() for a while; true when it has.
 template <typename Condition>
-bool spin_until(const Condition& happened) {
+bool spin_until(const Condition& happened, std::chrono::microseconds longest = longest_spin) {
     constexpr int looks_per_clock = 16;
     std::chrono::steady_clock::time_point start{};
     for (int i = 0;; ++i) {
@@ -56,7 +56,7 @@ bool spin_until(const Condition& happened) {
         if (i % looks_per_clock != 0) continue;
         const auto now = std::chrono::steady_clock::now();
         if (i == 0) start = now;
-        if (now - start > longest_spin) return false;
+        if (now - start > longest) return false;
     }
 }
 
@@ -184,8 +184,20 @@ private:
 
 // The workers, and the one piece of work that they are on.
 struct Threads::Crew {
+    // Below the number of a piece of work, how many have joined it, counted up to where it is full,
+    // or has begun.
+    static constexpr std::uint64_t one_work = std::uint64_t{1} << 32, too_late = 1 << 20;
+    static std::uint64_t count(std::uint64_t joined_now) { return joined_now % one_work; }
+
     struct Worker {
-        alignas(64) std::atomic<unsigned> n_calls{0};  // pieces of work given to it
+        void call() {
+            n_calls.fetch_add(1);
+            if (!asleep.load()) return;
+            const std::lock_guard<std::mutex> lock(mutex);
+            called.notify_one();
+        }
+
+        alignas(64) std::atomic<unsigned> n_calls{0};
         std::atomic<bool> asleep{false};
         std::mutex mutex;
         std::condition_variable called;
@@ -193,7 +205,9 @@ struct Threads::Crew {
     };
 
     ~Crew() {
-        call(workers.size(), nullptr, nullptr);
+        ending.store(true);
+        for (const auto& worker : workers)
+            worker->call();
         for (const auto& worker : workers)
             worker->thread.join();
     }
@@ -206,62 +220,71 @@ struct Threads::Crew {
             while (workers.size() < n) {
                 workers.push_back(std::make_unique<Worker>());
                 Worker* const worker = workers.back().get();
-                const int place = static_cast<int>(workers.size());
-                worker->thread = std::thread([this, worker, place] { work(worker, place); });
+                worker->thread = std::thread([this, worker] { work(worker); });
             }
         } catch (const std::exception&) {
             if (!workers.empty() && !workers.back()->thread.joinable()) workers.pop_back();
         }
     }
 
-    // On at most n workers and the caller.
-    void run(std::size_t n, Body new_function, const void* new_body) {
+    // On at most n workers and the caller: those who come soon after they are called. One whose
+    // core is taken by other work would hold up all.
+    void run(std::size_t n, Body new_function, const void* new_body,
+             std::chrono::microseconds patience) {
         grow(n);
         n = std::min(n, workers.size());
-        call(n, new_function, new_body);
+        cores.clear();
         cores.take_one();
+        const std::uint64_t self = begun.load() + one_work;
+        const std::uint64_t nobody = too_late - n;
+        joined.store(self + nobody);
+        for (std::size_t i = 0; i < n; ++i)
+            workers[i]->call();
+        spin_until([&] { return count(joined.load()) >= too_late; }, patience);
+        const std::uint64_t all = count(joined.fetch_add(too_late));
+        const auto n_joined = static_cast<int>(std::min(all, too_late) - nobody);
+        function = new_function;
+        body = new_body;
+        first = nobody;
+        size = n_joined + 1;
+        n_working.store(n_joined, std::memory_order_relaxed);
+        begun.store(self);
         new_function(new_body, Team(0, size, &shared));
         const auto finished = [&] { return n_working.load(std::memory_order_acquire) == 0; };
         while (!spin_until(finished))
             std::this_thread::yield();
     }
 
-    // Gives the first n workers something to do; nullptr: to end.
-    void call(std::size_t n, Body new_function, const void* new_body) {
-        function = new_function;
-        body = new_body;
-        size = static_cast<int>(n) + 1;
-        n_working.store(static_cast<int>(n), std::memory_order_relaxed);
-        cores.clear();
-        for (std::size_t i = 0; i < n; ++i) {
-            Worker& worker = *workers[i];
-            worker.n_calls.fetch_add(1);
-            if (!worker.asleep.load()) continue;
-            const std::lock_guard<std::mutex> lock(worker.mutex);
-            worker.called.notify_one();
-        }
-    }
-
-    void work(Worker* me, int place) {
-        for (unsigned n_done = 0;; ++n_done) {
-            const auto called = [&] { return me->n_calls.load() != n_done; };
+    void work(Worker* me) {
+        for (unsigned n_seen = 0;;) {
+            const auto called = [&] { return me->n_calls.load() != n_seen; };
             if (!spin_until(called)) {
                 std::unique_lock<std::mutex> lock(me->mutex);
                 me->asleep.store(true);
                 me->called.wait(lock, called);
                 me->asleep.store(false);
             }
-            if (function == nullptr) return;
+            n_seen = me->n_calls.load();
+            if (ending.load()) return;
+            const std::uint64_t before = joined.fetch_add(1);
+            if (count(before) >= too_late) continue;
+            const std::uint64_t mine = before - count(before);
+            while (!spin_until([&] { return begun.load() == mine; }))
+                std::this_thread::yield();
             cores.take_one();
-            function(body, Team(place, size, &shared));
+            function(body, Team(static_cast<int>(count(before) - first) + 1, size, &shared));
             n_working.fetch_sub(1, std::memory_order_release);
         }
     }
 
     const unsigned forks = n_forks.load(std::memory_order_relaxed);
     std::vector<std::unique_ptr<Worker>> workers;
+    std::atomic<bool> ending{false};
+    alignas(64) std::atomic<std::uint64_t> joined{too_late};
+    alignas(64) std::atomic<std::uint64_t> begun{0};  // the number of the latest work
     Body function = nullptr;
     const void* body = nullptr;
+    std::uint64_t first = 0;  // what the first to join found in the count
     int size = 1;
     Team::Shared shared;
     alignas(64) std::atomic<int> n_working{0};
@@ -283,7 +306,16 @@ bool Threads::claim() {
     return owner != self && owner_.compare_exchange_strong(owner, self, std::memory_order_acquire);
 }
 
-void Threads::run(int n, Body function, const void* body) {
+void Threads::wake() {
+    if (size_ <= 1 || !claim()) return;
+    if (crew_ != nullptr && crew_->forks == n_forks.load(std::memory_order_relaxed)) {
+        for (const auto& worker : crew_->workers)
+            worker->call();
+    }
+    owner_.store(0, std::memory_order_release);
+}
+
+void Threads::run(int n, Body function, const void* body, std::chrono::microseconds patience) {
     n = std::min(n, size_);
     if (n <= 1 || !claim()) {
         function(body, Team(0, 1, nullptr));
@@ -296,7 +328,7 @@ void Threads::run(int n, Body function, const void* body) {
     if (crew_ == nullptr) {
         function(body, Team(0, 1, nullptr));
     } else {
-        crew_->run(static_cast<std::size_t>(n - 1), function, body);
+        crew_->run(static_cast<std::size_t>(n - 1), function, body, patience);
     }
     owner_.store(0, std::memory_order_release);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 
@@ -53,19 +54,24 @@ public:
 
     int size() const { return size_; }
 
-    // Calls body(team) on n threads at once, at most size(); on fewer where no more can be started,
-    // and only in the caller while the workers are busy with another caller's work. `body` must not
-    // throw.
+    // Calls body(team) on n threads at once, at most size(); on fewer where no more can be started
+    // or some do not come soon, their cores taken by others; and only in the caller while the
+    // workers are busy with another caller's work. `patience` is how long to wait for those who
+    // sleep: no longer than the work is worth. `body` must not throw.
     template <typename Body>
-    void run_team(int n, const Body& body) {
+    void run_team(int n, const Body& body,
+                  std::chrono::microseconds patience = std::chrono::microseconds(100)) {
         if (n <= 1) {
             body(Team(0, 1, nullptr));
             return;
         }
         run(
-            n, [](const void* b, const Team& team) { (*static_cast<const Body*>(b))(team); },
-            &body);
+            n, [](const void* b, const Team& team) { (*static_cast<const Body*>(b))(team); }, &body,
+            patience);
     }
+
+    // Wakes the workers that there are: work will come within microseconds.
+    void wake();
 
     // Calls body(begin, end) over disjoint ranges that cover [0, n), likewise.
     template <typename Body>
@@ -80,7 +86,7 @@ private:
     using Body = void (*)(const void* body, const Team& team);
     struct Crew;
 
-    void run(int n, Body function, const void* body);
+    void run(int n, Body function, const void* body, std::chrono::microseconds patience);
     bool claim();
 
     int size_;

@@ -136,12 +136,16 @@ private:
     Scheduler& scheduler_;
 };
 
-Scheduler::Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live)
-    : model_(std::move(model)), max_live_(max_live), pass_(std::make_unique<Pass>(*model_)) {}
+Scheduler::Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live,
+                     std::int64_t n_positions)
+    : model_(std::move(model)), max_live_(max_live), pass_(std::make_unique<Pass>(*model_)) {
+    model_->kv_pool()->keep(static_cast<std::size_t>((n_positions + kv_block - 1) / kv_block));
+}
 
 Scheduler::~Scheduler() {
     for (const Part& part : parts_)
         part.request->session_->leave_pass();
+    model_->kv_pool()->let_go();
 }
 
 void Scheduler::submit(std::shared_ptr<Request> request) {
@@ -156,6 +160,7 @@ const std::vector<Event>& Scheduler::step(Seconds budget, const Check& check) {
     const Turn turn(*this);
     events_.clear();
     Budget whole(budget);
+    if (budget > Seconds{0} && !live_.empty()) model_->threads().wake();
     obey();
     while (work(whole, check))
         check();
@@ -167,6 +172,7 @@ const std::vector<Event>& Scheduler::step(const Check& check) {
     const Turn turn(*this);
     events_.clear();
     Budget whole(Budget::unlimited);
+    model_->threads().wake();
     obey();
     while (events_.empty() && work(whole, check))
         check();
@@ -248,6 +254,12 @@ Scheduler::Foreseen Scheduler::foresee(std::int64_t n_rows, std::int64_t n_posit
     return cost;
 }
 
+void Scheduler::doubt(std::int64_t n_rows, std::int64_t n_positions) {
+    for (const Work::Kind kind :
+         {Work::Kind::attention, Work::Kind::feed_forward, Work::Kind::output})
+        costs_.doubt(pass_->piece(kind, n_rows, n_positions));
+}
+
 bool Scheduler::begin_flight(Budget& budget) {
     parts_.clear();
     rows_.clear();
@@ -282,10 +294,16 @@ void Scheduler::choose(Budget& budget) {
                                 }),
                  order_.end());
     const auto largest = static_cast<std::int64_t>(max_rows);
-    std::int64_t room = largest, n_positions = 0;
-    if (budget.limited()) {
+    std::int64_t room = largest, n_positions = 0, n_tokens = 0;
+    for (const auto& request : order_)
+        n_tokens += request->session_->n_tokens();
+    if (budget.limited() && !order_.empty()) {
+        const std::int64_t usual = n_tokens / static_cast<std::int64_t>(order_.size());
         for (room = 1; room < largest; room *= 2) {
-            if (foresee(2 * room, 2 * room).dearest_piece > largest_piece * budget.whole) break;
+            const Foreseen cost = foresee(2 * room, 2 * room * usual);
+            if (cost.dearest_piece <= largest_piece * budget.whole) continue;
+            if (room < static_cast<std::int64_t>(order_.size())) doubt(2 * room, 2 * room * usual);
+            break;
         }
     }
     for (const auto& request : order_) {

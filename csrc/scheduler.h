@@ -118,8 +118,11 @@ class Scheduler {
 public:
     using Check = std::function<void()>;
 
-    // More than max_live requests wait until others have ended.
-    explicit Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live = 64);
+    // More than max_live requests wait until others have ended. Memory for the keys and values of
+    // n_positions, all requests together, is taken and touched now; none that is taken later is
+    // given back as long as the scheduler lives. Throws std::bad_alloc.
+    explicit Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live = 64,
+                       std::int64_t n_positions = 0);
     ~Scheduler();
     Scheduler(const Scheduler&) = delete;
     Scheduler& operator=(const Scheduler&) = delete;
@@ -165,6 +168,7 @@ private:
     void choose(Budget& budget);
     std::int64_t take(const std::shared_ptr<Request>& request, std::int64_t n);
     Foreseen foresee(std::int64_t n_rows, std::int64_t n_positions) const;
+    void doubt(std::int64_t n_rows, std::int64_t n_positions);
     void plan(Budget& budget);
     bool fly(Budget& budget, const Check& check);
     bool draw(Budget& budget, const Check& check);

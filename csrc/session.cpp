@@ -84,7 +84,7 @@ private:
 };
 
 Session::Session(std::shared_ptr<const Model> model, std::uint64_t seed)
-    : model_(std::move(model)), cache_(model_->kv_layout()), random_{seed, 0} {}
+    : model_(std::move(model)), cache_(model_->kv_pool()), random_{seed, 0} {}
 
 std::vector<std::int32_t> Session::tokens() {
     const SessionLock lock(*this);

@@ -158,7 +158,7 @@ class Scheduler:
     Whatever happens to a request, the others go on; Ctrl-C is raised between two pieces of work,
     and the next step goes on from there."""
 
-    def __init__(self, model: Model, max_live: int = ...) -> None: ...
+    def __init__(self, model: Model, max_live: int = ..., n_positions: int = ...) -> None: ...
     def submit(self, request: Request) -> None:
         """Takes part from the next step on."""
     def step(self, budget_ms: float | None = ...) -> list[Event]:

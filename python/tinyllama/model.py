@@ -195,10 +195,15 @@ class Model:
         """A new, empty timeline, which draws from ``seed``, or from fresh entropy."""
         return Session(self, _core.Session(self._core, checked_seed(seed)))
 
-    def scheduler(self, max_sessions: int = 64) -> Scheduler:
+    def scheduler(self, max_sessions: int = 64, reserve_tokens: int = 0) -> Scheduler:
         """A :class:`Scheduler`, which continues up to ``max_sessions`` texts together under a time
-        budget."""
-        return Scheduler(self, max_sessions)
+        budget.
+
+        Memory for the keys and values of ``reserve_tokens``, all texts together, is taken now, so
+        that no frame has to wait for it; each takes ``info()["kv_bytes_per_token"]``, in blocks of
+        32 tokens per text. What is taken beyond that is kept while the scheduler lives.
+        """
+        return Scheduler(self, max_sessions, reserve_tokens)
 
     def _options(self, params: SamplingParams | None, sampling: dict[str, Any]) -> SamplingParams:
         if params is not None and not isinstance(params, SamplingParams):

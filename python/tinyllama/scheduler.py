@@ -53,9 +53,13 @@ class Scheduler:
     whatever runs beside it, however time is cut. Used by one thread at a time; a second one gets
     BusyError. Made by :meth:`Model.scheduler`."""
 
-    def __init__(self, model: Model, max_sessions: int = 64) -> None:
+    def __init__(self, model: Model, max_sessions: int = 64, reserve_tokens: int = 0) -> None:
         self.model = model
-        self._core = _core.Scheduler(model._core, as_int("max_sessions", max_sessions, 1))
+        self._core = _core.Scheduler(
+            model._core,
+            as_int("max_sessions", max_sessions, 1),
+            as_int("reserve_tokens", reserve_tokens),
+        )
         self._live: set[Request] = set()  # what events name, whether anybody else holds it or not
 
     @takes_sampling

@@ -17,7 +17,8 @@ struct TestHead {
     std::int64_t n_blocks;
 
     TestHead(KvType type, std::int64_t head_dim, std::int32_t n_positions)
-        : cache(KvLayout{1, 2, head_dim, type}), n_blocks((n_positions + kv_block - 1) / kv_block) {
+        : cache(std::make_shared<KvPool>(KvLayout{1, 2, head_dim, type})),
+          n_blocks((n_positions + kv_block - 1) / kv_block) {
         cache.reserve(0, n_positions);
         head = cache.head(0, 1);
         for (std::int64_t b = 0; b < n_blocks; ++b)

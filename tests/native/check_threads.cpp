@@ -62,6 +62,16 @@ int write_and_read(Threads& threads, int n_threads) {
     return size;
 }
 
+// Teams may be smaller than asked for while cores are taken, but not always, and never larger.
+bool sometimes(Threads& threads, int n_threads, int size) {
+    for (int round = 0; round < 1000; ++round) {
+        const int got = write_and_read(threads, n_threads);
+        expect(got <= size, "a team is larger than was asked for");
+        if (got == size) return true;
+    }
+    return false;
+}
+
 void several_callers(Threads& threads) {
     std::vector<std::thread> callers;
     for (int i = 0; i < 4; ++i) {
@@ -83,13 +93,13 @@ void work_inside_work(Threads& threads) {
             ++n_inner;
         });
     });
-    expect(n_outer == 3 && n_inner == 3, "work inside work was lost");
+    expect(n_outer == n_inner && n_outer > 0, "work inside work was lost");
 }
 
 void forked(Threads& threads) {
 #if defined(__unix__) || defined(__APPLE__)
     const pid_t child = fork();
-    if (child == 0) std::_Exit(write_and_read(threads, 3) == 3 ? 0 : 1);
+    if (child == 0) std::_Exit(sometimes(threads, 3, 3) ? 0 : 1);
     int status = 0;
     waitpid(child, &status, 0);
     expect(WIFEXITED(status) && WEXITSTATUS(status) == 0, "a forked child has no workers");
@@ -100,20 +110,20 @@ void forked(Threads& threads) {
 
 int main() {
     Threads threads(3);
-    expect(write_and_read(threads, 8) == 3, "a team is larger than there are threads");
-    expect(write_and_read(threads, 2) == 2, "a team is not as large as asked");
+    expect(sometimes(threads, 8, 3), "a team is never as large as there are threads");
+    expect(sometimes(threads, 2, 2), "a team is never as large as asked");
     each_piece_once(threads);
     for (int round = 0; round < 20; ++round) {
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
-        expect(write_and_read(threads, 3) == 3, "sleeping workers did not wake");
+        expect(sometimes(threads, 3, 3), "sleeping workers do not wake");
     }
     several_callers(threads);
     work_inside_work(threads);
     forked(threads);
-    expect(write_and_read(threads, 3) == 3, "workers are gone after a fork");
+    expect(sometimes(threads, 3, 3), "workers are gone after a fork");
     for (int round = 0; round < 50; ++round) {
         Threads shortlived(2);
-        expect(write_and_read(shortlived, 2) == 2, "new workers did not come");
+        expect(sometimes(shortlived, 2, 2), "new workers do not come");
     }
     std::puts("check_threads: ok");
     return 0;
