@@ -305,9 +305,9 @@ py::dict stats_dict(Scheduler& scheduler) {
     return result;
 }
 
-// What a step did for one request.
+// What a step did for one request: the Python object, which a subclass may have made.
 struct RequestEvent {
-    std::shared_ptr<Request> request;
+    py::object request;
     std::string text;
     Tokens tokens;
     bool done = false;
@@ -320,7 +320,8 @@ std::vector<RequestEvent> by_request(const std::vector<Event>& events) {
     for (const Event& event : events) {
         const auto [place, is_new] = places.try_emplace(event.request.get(), result.size());
         if (is_new)
-            result.push_back({event.request, std::string(event.request->take_text()), {}, false});
+            result.push_back(
+                {py::cast(event.request), std::string(event.request->take_text()), {}, false});
         RequestEvent& mine = result[place->second];
         if (event.token >= 0) {
             mine.tokens.push_back(event.token);
@@ -384,14 +385,20 @@ void bind_scheduler(py::module_& m) {
     py::class_<Scheduler>(m, "Scheduler")
         .def(py::init<std::shared_ptr<Model>, std::int64_t, std::int64_t>(), py::arg("model"),
              py::arg("max_live") = 64, py::arg("n_positions") = 0)
+        .def("warm_up", &Scheduler::warm_up, py::call_guard<py::gil_scoped_release>())
         .def("submit", &Scheduler::submit, py::arg("request"))
         .def(
             "step",
             [](Scheduler& self, std::optional<double> budget_ms) {
-                return by_request(budget_ms ? self.step(Seconds(*budget_ms / 1e3), SignalCheck())
-                                            : self.step(SignalCheck()));
+                const std::vector<Event>* events = nullptr;
+                {
+                    const py::gil_scoped_release release;
+                    events = budget_ms ? &self.step(Seconds(*budget_ms / 1e3), SignalCheck())
+                                       : &self.step(SignalCheck());
+                }
+                return by_request(*events);
             },
-            py::arg("budget_ms") = py::none(), py::call_guard<py::gil_scoped_release>())
+            py::arg("budget_ms") = py::none())
         .def_property_readonly("stats", &stats_dict)
         .def(
             "run", [](Scheduler& self) { return self.run(SignalCheck()); },

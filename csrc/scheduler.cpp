@@ -148,6 +148,32 @@ Scheduler::~Scheduler() {
     model_->kv_pool()->let_go();
 }
 
+void Scheduler::warm_up() {
+    const Turn turn(*this);
+    const auto vocab_size = static_cast<std::size_t>(model_->config().vocab_size);
+    const auto most = static_cast<std::size_t>(std::min<std::int64_t>(max_live_, max_rows));
+    std::vector<KvCache> caches;
+    std::vector<float> logits(vocab_size);
+    for (std::size_t i = 0; i < most; ++i) {
+        caches.emplace_back(model_->kv_pool());
+        caches.back().reserve(0, 1);
+    }
+    for (std::size_t n = 1; n <= most; n = n < most ? std::min(2 * n, most) : n + 1) {
+        rows_.clear();
+        for (std::size_t i = 0; i < n; ++i)
+            rows_.push_back({&caches[i], 0, 0, logits.data()});
+        pass_->run(rows_);
+        pass_->begin(rows_);
+        while (pass_->n_left() > 0) {
+            pieces_.assign(1, pass_->next(0));
+            const Clock::time_point start = Clock::now();
+            pass_->advance(1);
+            costs_.learn(pieces_, Clock::now() - start);
+        }
+    }
+    rows_.clear();
+}
+
 void Scheduler::submit(std::shared_ptr<Request> request) {
     const Turn turn(*this);
     if (&request->session_->model() != model_.get())

@@ -127,6 +127,10 @@ public:
     Scheduler(const Scheduler&) = delete;
     Scheduler& operator=(const Scheduler&) = delete;
 
+    // Computes some passes over nothing, of one row and of more, so that the first step under a
+    // budget knows what pieces cost, and threads and memory are there. Throws std::bad_alloc.
+    void warm_up();
+
     // Takes part from the next step on. Throws Error(invalid_argument) for one of another model.
     void submit(std::shared_ptr<Request> request);
 

@@ -210,8 +210,7 @@ def test_random_schedules(stories, seed):
                 request.session.rewind(int(rng.integers(1, request.session.n_tokens + 1)))
                 tokens = request.session.tokens
                 assert (
-                    request.session._core.logits().tobytes()
-                    == stories.logits(tokens)[-1].tobytes()
+                    request.session._core.logits().tobytes() == stories.logits(tokens)[-1].tobytes()
                 )
         elif event == 3 and live:
             live[rng.integers(len(live))].pause()
@@ -314,3 +313,13 @@ def test_bad_requests_are_named(stories):
         session = tiny_model().session()
         session.append([1, 2])
         scheduler.submit(session)
+
+
+def test_an_event_keeps_its_request(stories):
+    """Also where nobody else does."""
+    scheduler = stories.scheduler()
+    scheduler.submit([1, 5], params=STORY, max_new_tokens=1)
+    (event,) = scheduler.step()
+    assert event.done
+    assert event.request.done
+    assert event.request.session.tokens == [1, 5, *event.tokens]

@@ -139,3 +139,21 @@ def test_a_session_shows_its_length_and_room():
     assert (session.n_tokens, session.room) == (3, 61)
     assert repr(session) == "<tinyllama.Session: 3 tokens, room for 61>"
     assert repr(session.model.tokenizer) == "<tinyllama.Tokenizer: 300 tokens>"
+
+
+def test_appended_text_is_read_when_it_is_needed(model):
+    fed, appended = model.session(seed=4), model.session(seed=4)
+    fed.feed("Once upon")
+    fed.feed(" a time")
+    appended.append("Once upon")
+    appended.append(" a time")
+    assert appended.tokens == fed.tokens
+    assert appended._core.n_unread == len(fed.tokens)
+    fork = appended.fork(seed=4)  # nothing of it is read either
+    assert "".join(appended.generate(max_new_tokens=8)) == "".join(fed.generate(max_new_tokens=8))
+    assert fork._core.logits().tobytes() == model.logits(fork.tokens)[-1].tobytes()
+    appended.rewind(3)
+    assert appended._core.logits().tobytes() == model.logits(appended.tokens)[-1].tobytes()
+    with pytest.raises(ContextFullError, match="do not fit"):
+        appended.append([1] * 62)
+    assert len(appended.tokens) == 3

@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from . import scheduler
+
 __version__: str
 
 def supported_isas() -> list[str]:
@@ -145,7 +147,8 @@ class Event:
     and whether it has ended."""
 
     @property
-    def request(self) -> Request: ...
+    def request(self) -> scheduler.Request:
+        """The object that was submitted."""
     @property
     def text(self) -> str: ...
     @property
@@ -159,6 +162,8 @@ class Scheduler:
     and the next step goes on from there."""
 
     def __init__(self, model: Model, max_live: int = ..., n_positions: int = ...) -> None: ...
+    def warm_up(self) -> None:
+        """Measure passes of 1 to max_live rows, so that the first budget is kept."""
     def submit(self, request: Request) -> None:
         """Takes part from the next step on."""
     def step(self, budget_ms: float | None = ...) -> list[Event]:

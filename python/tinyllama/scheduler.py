@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from . import _core
 from .arguments import Prompt, takes_sampling
@@ -60,6 +60,7 @@ class Scheduler:
             as_int("max_sessions", max_sessions, 1),
             as_int("reserve_tokens", reserve_tokens),
         )
+        self._core.warm_up()
         self._live: set[Request] = set()  # what events name, whether anybody else holds it or not
 
     @takes_sampling
@@ -121,7 +122,7 @@ class Scheduler:
         events = self._core.step(budget_ms)
         for event in events:
             if event.done:
-                self._live.discard(cast("Request", event.request))
+                self._live.discard(event.request)
         return events
 
     def stats(self) -> dict[str, Any]:
