@@ -396,7 +396,10 @@ void bind_scheduler(py::module_& m) {
                     events = budget_ms ? &self.step(Seconds(*budget_ms / 1e3), SignalCheck())
                                        : &self.step(SignalCheck());
                 }
-                return by_request(*events);
+                const Clock::time_point start = Clock::now();
+                std::vector<RequestEvent> result = by_request(*events);
+                self.delivered(Clock::now() - start);
+                return result;
             },
             py::arg("budget_ms") = py::none())
         .def_property_readonly("stats", &stats_dict)

@@ -185,7 +185,7 @@ void Scheduler::submit(std::shared_ptr<Request> request) {
 const std::vector<Event>& Scheduler::step(Seconds budget, const Check& check) {
     const Turn turn(*this);
     events_.clear();
-    Budget whole(budget);
+    Budget whole(budget - delivery_);
     if (budget > Seconds{0} && !live_.empty()) model_->threads().wake();
     obey();
     while (work(whole, check))

@@ -138,6 +138,9 @@ public:
     // what came of it, in order. A budget of 0 only ends what was cancelled or is too late.
     const std::vector<Event>& step(Seconds budget, const Check& check);
 
+    // What the caller's handing out of a step's events took: budgets leave room for it.
+    void delivered(Seconds elapsed) { delivery_ += (elapsed - delivery_) / 8; }
+
     // Works until some request has drawn a token or ended.
     const std::vector<Event>& step(const Check& check);
 
@@ -191,6 +194,7 @@ private:
     Costs costs_;
     std::atomic<bool> in_use_{false};
     std::vector<std::shared_ptr<Request>> live_;
+    Seconds delivery_{0};  // running mean
     std::uint64_t n_submitted_ = 0;
     std::uint64_t turn_ = 0;
     Stats stats_;
