@@ -141,9 +141,10 @@ def main() -> None:
     path = Files(arguments.cache, arguments.model).path("tinyllama", arguments.format)
     model = tinyllama.load(path, kv_dtype=arguments.kv_dtype, n_threads=arguments.threads)
     load = os.getloadavg()[0]
+    info = model.info()
     title = (
-        f"{arguments.model}, {arguments.format}, {model.info()['n_threads']} threads, "
-        f"load before {load:.2f}"
+        f"{arguments.model}, {arguments.format}, cache {info['kv_dtype']}, "
+        f"threads: {info['n_threads']}, load before {load:.2f}"
     )
     print(title)
     results = []

@@ -334,7 +334,8 @@ std::vector<RequestEvent> by_request(const std::vector<Event>& events) {
 
 Urgency urgency(std::int32_t priority, std::optional<double> deadline_ms) {
     Urgency result{priority, Clock::time_point::max()};
-    if (deadline_ms)
+    constexpr double longest_ms = 1e12;  // thirty years; more is none
+    if (deadline_ms && *deadline_ms < longest_ms)
         result.deadline =
             Clock::now() + std::chrono::duration_cast<Clock::duration>(
                                std::chrono::duration<double, std::milli>(*deadline_ms));

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <new>
 
 #include "status.h"
 #include "weights.h"
@@ -41,13 +42,19 @@ std::int64_t KvLayout::head_bytes() const {
 }
 
 struct KvPool::Slab {
-    Slab(std::size_t n, std::size_t block_bytes) : memory(n * block_bytes), blocks(n) {
+    Slab(std::size_t n, std::size_t block_bytes) : memory(size_of(n, block_bytes)), blocks(n) {
         for (std::size_t i = n; i-- > 0;) {
             blocks[i].data = memory.data() + i * block_bytes;
             blocks[i].slab = this;
             blocks[i].next_free = first_free;
             first_free = &blocks[i];
         }
+    }
+
+    static std::size_t size_of(std::size_t n, std::size_t block_bytes) {
+        std::uint64_t size = 0;
+        if (!checked_mul(n, block_bytes, &size)) throw std::bad_alloc();
+        return static_cast<std::size_t>(size);
     }
 
     AlignedBytes memory;

@@ -139,7 +139,7 @@ private:
 Scheduler::Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live,
                      std::int64_t n_positions)
     : model_(std::move(model)), max_live_(max_live), pass_(std::make_unique<Pass>(*model_)) {
-    model_->kv_pool()->keep(static_cast<std::size_t>((n_positions + kv_block - 1) / kv_block));
+    model_->kv_pool()->keep(static_cast<std::size_t>(n_positions / kv_block + (n_positions % kv_block != 0)));
 }
 
 Scheduler::~Scheduler() {

@@ -323,3 +323,11 @@ def test_an_event_keeps_its_request(stories):
     assert event.done
     assert event.request.done
     assert event.request.session.tokens == [1, 5, *event.tokens]
+
+
+def test_memory_that_is_not_there_is_an_error(stories):
+    for n in (2**40, 2**62):
+        with pytest.raises(MemoryError):
+            stories.scheduler(reserve_tokens=n)
+    request = stories.scheduler(max_sessions=2).submit([1, 5], deadline_ms=1e300)
+    assert not request.done

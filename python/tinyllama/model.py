@@ -201,7 +201,8 @@ class Model:
 
         Memory for the keys and values of ``reserve_tokens``, all texts together, is taken now, so
         that no frame has to wait for it; each takes ``info()["kv_bytes_per_token"]``, in blocks of
-        32 tokens per text. What is taken beyond that is kept while the scheduler lives.
+        32 tokens per text. What is taken beyond that is kept while the scheduler lives. Making
+        one measures how long passes take, for some milliseconds. Raises MemoryError.
         """
         return Scheduler(self, max_sessions, reserve_tokens)
 
