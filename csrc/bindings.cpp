@@ -384,22 +384,25 @@ void bind_scheduler(py::module_& m) {
         });
 
     py::class_<Scheduler>(m, "Scheduler")
-        .def(py::init<std::shared_ptr<Model>, std::int64_t, std::int64_t>(), py::arg("model"),
-             py::arg("max_live") = 64, py::arg("n_positions") = 0)
+        .def(py::init<std::shared_ptr<Model>, std::int64_t, std::int64_t>(),
+             py::call_guard<py::gil_scoped_release>(), py::arg("model"), py::arg("max_live") = 64,
+             py::arg("n_positions") = 0)
         .def("warm_up", &Scheduler::warm_up, py::call_guard<py::gil_scoped_release>())
         .def("submit", &Scheduler::submit, py::arg("request"))
         .def(
             "step",
             [](Scheduler& self, std::optional<double> budget_ms) {
-                const std::vector<Event>* events = nullptr;
-                {
-                    const py::gil_scoped_release release;
-                    events = budget_ms ? &self.step(Seconds(*budget_ms / 1e3), SignalCheck())
-                                       : &self.step(SignalCheck());
+                std::vector<RequestEvent> result;
+                const auto deliver = [&](const std::vector<Event>& events) {
+                    const py::gil_scoped_acquire gil;
+                    result = by_request(events);
+                };
+                const py::gil_scoped_release release;
+                if (budget_ms) {
+                    self.step(Seconds(*budget_ms / 1e3), SignalCheck(), deliver);
+                } else {
+                    self.step(SignalCheck(), deliver);
                 }
-                const Clock::time_point start = Clock::now();
-                std::vector<RequestEvent> result = by_request(*events);
-                self.delivered(Clock::now() - start);
                 return result;
             },
             py::arg("budget_ms") = py::none())

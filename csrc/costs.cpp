@@ -58,6 +58,7 @@ void Costs::learn(const std::vector<Work>& pieces, Seconds elapsed) {
     // Shared out as the means had foreseen it.
     const double ratio = std::min(elapsed.count() / expected, most_at_once);
     for (const Work& work : pieces) {
+        if (work.amount <= 0) continue;
         const Rate* const known = nearest(work);
         const double seen = known == nullptr ? elapsed.count() / amount : ratio * known->mean;
         Rate& rate = own(work);

@@ -139,17 +139,18 @@ private:
 Scheduler::Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live,
                      std::int64_t n_positions)
     : model_(std::move(model)), max_live_(max_live), pass_(std::make_unique<Pass>(*model_)) {
-    model_->kv_pool()->keep(static_cast<std::size_t>(n_positions / kv_block + (n_positions % kv_block != 0)));
+    model_->kv_pool()->keep(
+        static_cast<std::size_t>(n_positions / kv_block + (n_positions % kv_block != 0)));
 }
 
 Scheduler::~Scheduler() {
-    for (const Part& part : parts_)
-        part.request->session_->leave_pass();
+    abandon();
     model_->kv_pool()->let_go();
 }
 
 void Scheduler::warm_up() {
     const Turn turn(*this);
+    abandon();
     const auto vocab_size = static_cast<std::size_t>(model_->config().vocab_size);
     const auto most = static_cast<std::size_t>(std::min<std::int64_t>(max_live_, max_rows));
     std::vector<KvCache> caches;
@@ -178,32 +179,42 @@ void Scheduler::submit(std::shared_ptr<Request> request) {
     const Turn turn(*this);
     if (&request->session_->model() != model_.get())
         throw Error(Status::invalid_argument, "the session is of another model");
+    for (const auto& other : live_) {
+        if (other->ending_ == Ending::none && other->session_ == request->session_)
+            throw Error(Status::invalid_argument,
+                        "the session is in this scheduler already, with a request that goes on");
+    }
     request->id_ = ++n_submitted_;
     live_.push_back(std::move(request));
 }
 
-const std::vector<Event>& Scheduler::step(Seconds budget, const Check& check) {
+void Scheduler::step(Seconds budget, const Check& check, const Deliver& deliver) {
     const Turn turn(*this);
-    events_.clear();
     Budget whole(budget - delivery_);
     if (budget > Seconds{0} && !live_.empty()) model_->threads().wake();
     obey();
     while (work(whole, check))
         check();
-    remove_ended();
-    return events_;
+    finish_step(deliver);
 }
 
-const std::vector<Event>& Scheduler::step(const Check& check) {
+void Scheduler::step(const Check& check, const Deliver& deliver) {
     const Turn turn(*this);
-    events_.clear();
     Budget whole(Budget::unlimited);
     model_->threads().wake();
     obey();
     while (events_.empty() && work(whole, check))
         check();
+    finish_step(deliver);
+}
+
+// Events that a step which threw did not deliver come with the next.
+void Scheduler::finish_step(const Deliver& deliver) {
     remove_ended();
-    return events_;
+    const Clock::time_point start = Clock::now();
+    deliver(events_);
+    delivery_ += (Clock::now() - start - delivery_) / 8;
+    events_.clear();
 }
 
 std::vector<std::shared_ptr<Request>> Scheduler::run(const Check& check) {
@@ -232,7 +243,7 @@ Scheduler::Stats Scheduler::stats() {
 // Goes on with the flight, or begins one. False when nothing more can be done now.
 bool Scheduler::work(Budget& budget, const Check& check) {
     obey();
-    if (!flying_ && !begin_flight(budget)) return false;
+    if (!flying_ && (budget.left() <= Seconds{0} || !begin_flight(budget))) return false;
     return fly(budget, check) && draw(budget, check);
 }
 
@@ -246,13 +257,13 @@ void Scheduler::obey() {
         }
         const Request::Wish wish = request->wish_.load();
         if (wish == Request::Wish::end) {
-            request->session_->leave_pass();
+            leave(*request);
             finish(request, Ending::cancelled);
         } else if (request->urgency_.deadline <= now) {
-            request->session_->leave_pass();
+            leave(*request);
             finish(request, Ending::deadline);
         } else if (wish == Request::Wish::pause) {
-            request->session_->leave_pass();
+            leave(*request);
         }
     }
 }
@@ -263,8 +274,8 @@ void Scheduler::finish(const std::shared_ptr<Request>& request, Ending ending) {
 }
 
 void Scheduler::announce(const std::shared_ptr<Request>& request) {
-    request->announced_ = true;
     events_.push_back({request, -1});
+    request->announced_ = true;
 }
 
 // What a pass over so many rows, all of which ask for logits, is thought to cost, and the dearest
@@ -287,15 +298,32 @@ void Scheduler::doubt(std::int64_t n_rows, std::int64_t n_positions) {
 }
 
 bool Scheduler::begin_flight(Budget& budget) {
+    abandon();
+    ++turn_;
+    try {
+        choose(budget);
+        if (!rows_.empty()) pass_->begin(rows_);
+    } catch (...) {
+        abandon();
+        throw;
+    }
+    flying_ = !parts_.empty() || !drawing_.empty();
+    return flying_;
+}
+
+// Whatever the flight had read is read again.
+void Scheduler::abandon() {
+    for (const Part& part : parts_)
+        leave(*part.request);
     parts_.clear();
     rows_.clear();
     drawing_.clear();
     n_drawn_ = 0;
-    ++turn_;
-    choose(budget);
-    if (!rows_.empty()) pass_->begin(rows_);
-    flying_ = !parts_.empty() || !drawing_.empty();
-    return flying_;
+    flying_ = false;
+}
+
+void Scheduler::leave(const Request& request) {
+    if (request.session_->pass_ == pass_.get()) request.session_->leave_pass();
 }
 
 // Who takes part in a flight: those who speak, one row each, then prompts, as much of them as does
@@ -332,12 +360,14 @@ void Scheduler::choose(Budget& budget) {
             break;
         }
     }
+    // A row is kept for the prompt whose turn it is.
+    const std::int64_t kept = !order_.empty() && order_.front()->session_->n_unread() > 1 ? 1 : 0;
     for (const auto& request : order_) {
         const std::int64_t n_unread = request->session_->n_unread();
         if (n_unread == 0) {
             request->last_turn_ = turn_;
             drawing_.push_back(request);
-        } else if (n_unread == 1 && room > 0) {
+        } else if (n_unread == 1 && room > kept) {
             n_positions += request->session_->n_tokens();
             room -= take(request, 1);
         }
@@ -358,12 +388,15 @@ void Scheduler::choose(Budget& budget) {
 // Gives a request n rows; returns how many it has got. One that cannot have them ends.
 std::int64_t Scheduler::take(const std::shared_ptr<Request>& request, std::int64_t n) {
     Session& session = *request->session_;
+    const std::size_t n_rows = rows_.size();
     try {
+        parts_.reserve(parts_.size() + 1);
         const SessionLock lock(session);
         session.leave_pass();  // of another scheduler
         session.add_rows(static_cast<std::size_t>(n), &rows_);
         session.pass_ = pass_.get();
     } catch (...) {
+        rows_.resize(n_rows);
         fail(request, std::current_exception());
         return 0;
     }
@@ -393,21 +426,30 @@ void Scheduler::plan(Budget& budget) {
     }
 }
 
+// The chosen pieces, with their sessions locked.
+void Scheduler::advance() {
+    struct Unlock {
+        std::vector<SessionLock>& locks;
+        ~Unlock() { locks.clear(); }
+    } const unlock{locks_};
+    locks_.reserve(parts_.size());
+    for (const Part& part : parts_) {
+        if (part.request->session_->pass_ == pass_.get())
+            locks_.emplace_back(*part.request->session_);
+    }
+    const Clock::time_point start = Clock::now();
+    pass_->advance(static_cast<std::int64_t>(pieces_.size()));
+    worked(Clock::now() - start);
+}
+
 // Goes on with the pass, and with its end takes in what was read. False: no time for its next
 // piece.
 bool Scheduler::fly(Budget& budget, const Check& check) {
     while (!parts_.empty() && pass_->n_left() > 0) {
         plan(budget);
         if (pieces_.empty()) return false;
-        for (const Part& part : parts_) {
-            if (part.request->session_->pass_ == pass_.get())
-                locks_.emplace_back(*part.request->session_);
-        }
-        const Clock::time_point start = Clock::now();
-        pass_->advance(static_cast<std::int64_t>(pieces_.size()));
-        worked(Clock::now() - start);
+        advance();
         budget.untouched = false;
-        locks_.clear();
         check();
         obey();
     }
@@ -437,10 +479,7 @@ void Scheduler::worked(Seconds elapsed) {
 
 // Draws for all who have read everything, and ends the flight. False: no time for the next draws.
 bool Scheduler::draw(Budget& budget, const Check& check) {
-    const auto first = drawing_.begin() + static_cast<std::ptrdiff_t>(n_drawn_);
-    drawing_.erase(std::remove_if(first, drawing_.end(),
-                                  [&](const auto& request) { return !may_draw(*request); }),
-                   drawing_.end());
+    drop_undrawable();
     while (n_drawn_ < drawing_.size()) {
         auto n = static_cast<std::int64_t>(drawing_.size() - n_drawn_);
         const Seconds left = budget.left();
@@ -455,6 +494,7 @@ bool Scheduler::draw(Budget& budget, const Check& check) {
         const std::size_t begin = n_drawn_;
         for (n_drawn_ += static_cast<std::size_t>(n); draws_.size() < static_cast<std::size_t>(n);)
             draws_.push_back(drawing_[begin + draws_.size()]->next_draw());
+        events_.reserve(events_.size() + 2 * static_cast<std::size_t>(n));
         draw_each(draws_);
         for (std::size_t i = 0; i < draws_.size(); ++i)
             take_in(drawing_[begin + i], draws_[i]);
@@ -462,10 +502,19 @@ bool Scheduler::draw(Budget& budget, const Check& check) {
         worked(Clock::now() - start);
         budget.untouched = false;
         check();
+        obey();
+        drop_undrawable();
     }
     drawing_.clear();
     flying_ = false;
     return true;
+}
+
+void Scheduler::drop_undrawable() {
+    const auto first = drawing_.begin() + static_cast<std::ptrdiff_t>(n_drawn_);
+    drawing_.erase(std::remove_if(first, drawing_.end(),
+                                  [&](const auto& request) { return !may_draw(*request); }),
+                   drawing_.end());
 }
 
 // It may have ended, been paused, or got more to read since it was chosen.

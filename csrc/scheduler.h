@@ -131,18 +131,18 @@ public:
     // budget knows what pieces cost, and threads and memory are there. Throws std::bad_alloc.
     void warm_up();
 
-    // Takes part from the next step on. Throws Error(invalid_argument) for one of another model.
+    // Takes part from the next step on. Throws Error(invalid_argument) for a session of another
+    // model, or one with a request here that has not ended.
     void submit(std::shared_ptr<Request> request);
 
-    // Works for as long as the budget allows by what pieces of work have cost so far, and returns
-    // what came of it, in order. A budget of 0 only ends what was cancelled or is too late.
-    const std::vector<Event>& step(Seconds budget, const Check& check);
-
-    // What the caller's handing out of a step's events took: budgets leave room for it.
-    void delivered(Seconds elapsed) { delivery_ += (elapsed - delivery_) / 8; }
+    // Works for as long as the budget allows by what pieces of work have cost so far, and delivers
+    // what came of it, in order, before another thread may step. A budget of 0 only ends what was
+    // cancelled or is too late. What delivering takes is learnt, and budgets leave room for it.
+    using Deliver = std::function<void(const std::vector<Event>&)>;
+    void step(Seconds budget, const Check& check, const Deliver& deliver);
 
     // Works until some request has drawn a token or ended.
-    const std::vector<Event>& step(const Check& check);
+    void step(const Check& check, const Deliver& deliver);
 
     // Works until a request has ended, and returns those that have, in the order in which they
     // came. None when there is nothing to do.
@@ -171,14 +171,19 @@ private:
     class Turn;
 
     bool work(Budget& budget, const Check& check);
+    void finish_step(const Deliver& deliver);
     bool begin_flight(Budget& budget);
+    void abandon();
+    void leave(const Request& request);
     void choose(Budget& budget);
     std::int64_t take(const std::shared_ptr<Request>& request, std::int64_t n);
     Foreseen foresee(std::int64_t n_rows, std::int64_t n_positions) const;
     void doubt(std::int64_t n_rows, std::int64_t n_positions);
     void plan(Budget& budget);
     bool fly(Budget& budget, const Check& check);
+    void advance();
     bool draw(Budget& budget, const Check& check);
+    void drop_undrawable();
     void take_in(const std::shared_ptr<Request>& request, const Draw& drawn);
     void worked(Seconds elapsed);
     void obey();

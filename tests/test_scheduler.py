@@ -331,3 +331,39 @@ def test_memory_that_is_not_there_is_an_error(stories):
             stories.scheduler(reserve_tokens=n)
     request = stories.scheduler(max_sessions=2).submit([1, 5], deadline_ms=1e300)
     assert not request.done
+
+
+def test_a_session_has_one_request_at_a_time(stories):
+    scheduler = stories.scheduler()
+    session = stories.session(seed=3)
+    session.append([1, 5, 6])
+    request = scheduler.submit(session, params=STORY, max_new_tokens=2)
+    with pytest.raises(ArgumentError, match="already"):
+        scheduler.submit(session, params=STORY)
+    while not request.done:
+        scheduler.step()
+    scheduler.submit(session, params=STORY, max_new_tokens=1)
+    (event,) = scheduler.step()
+    assert event.done
+    assert told_alone(stories, [1, 5, 6], 3, 3)[1] == session.tokens
+
+
+def test_a_session_may_go_from_one_scheduler_to_another(stories):
+    """In the middle of a pass too; and outlive both."""
+    session = stories.session(seed=3)
+    session.append([1, *range(5, 40)])
+    first, second = stories.scheduler(), stories.scheduler()
+    one = first.submit(session, params=STORY, max_new_tokens=4)
+    first.step(0.01)
+    one.pause()
+    other = second.submit(session, params=STORY, max_new_tokens=4 - len(one.tokens))
+    while not other.done:
+        first.step(0.01)
+        second.step(0.01)
+    assert session.tokens == told_alone(stories, [1, *range(5, 40)], 3, 4)[1]
+    session.append([7])
+    third = stories.scheduler()
+    third.submit(session, params=STORY)
+    third.step(0.01)
+    del first, second, third, one, other
+    assert session._core.logits().tobytes() == stories.logits(session.tokens)[-1].tobytes()

@@ -25,7 +25,8 @@ class Request(_core.Request):
     end token. ``finish_reason``: None while it goes on; then "stop" (the model ended the text, or a
     stop string was met), "length", "cancelled", "deadline", or "error" (see :attr:`error`).
     ``cancel()`` ends it before the next piece of work, also while its prompt is read; ``pause()``
-    lets it rest from then on, until ``resume()``: any thread may call these.
+    lets it rest from then on, until ``resume()``: any thread may call these. All else, the session
+    as well, is for the thread that steps, between its steps.
     """
 
     session: Session
