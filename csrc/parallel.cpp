@@ -240,7 +240,12 @@ struct Threads::Crew {
         joined.store(self + nobody);
         for (std::size_t i = 0; i < n; ++i)
             workers[i]->call();
-        spin_until([&] { return count(joined.load()) >= too_late; }, patience);
+        // One that Linux woke on this very core needs it for a moment, to move to another.
+        const auto all_here = [&] { return count(joined.load()) >= too_late; };
+        const auto start = std::chrono::steady_clock::now();
+        while (!spin_until(all_here, std::chrono::microseconds(5)) &&
+               std::chrono::steady_clock::now() - start < patience)
+            std::this_thread::yield();
         const std::uint64_t all = count(joined.fetch_add(too_late));
         const auto n_joined = static_cast<int>(std::min(all, too_late) - nobody);
         function = new_function;
@@ -268,10 +273,10 @@ struct Threads::Crew {
             if (ending.load()) return;
             const std::uint64_t before = joined.fetch_add(1);
             if (count(before) >= too_late) continue;
+            cores.take_one();
             const std::uint64_t mine = before - count(before);
             while (!spin_until([&] { return begun.load() == mine; }))
                 std::this_thread::yield();
-            cores.take_one();
             function(body, Team(static_cast<int>(count(before) - first) + 1, size, &shared));
             n_working.fetch_sub(1, std::memory_order_release);
         }
