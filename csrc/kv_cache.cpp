@@ -110,14 +110,6 @@ void KvPool::let_go() {
     if (n_keepers_ == 0) drop_empty_slabs();
 }
 
-std::int64_t KvPool::n_bytes() const {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    std::size_t n_blocks = 0;
-    for (const auto& slab : slabs_)
-        n_blocks += slab->blocks.size();
-    return static_cast<std::int64_t>(n_blocks) * layout_.block_bytes();
-}
-
 void KvPool::add_slab(std::size_t n) {
     slabs_.reserve(slabs_.size() + 1);
     slabs_.push_back(std::make_unique<Slab>(n, static_cast<std::size_t>(layout_.block_bytes())));

@@ -61,14 +61,12 @@ public:
     void keep(std::size_t n_blocks);
     void let_go();
 
-    std::int64_t n_bytes() const;  // of all slabs
-
 private:
     void add_slab(std::size_t n);
     void drop_empty_slabs();
 
     KvLayout layout_;
-    mutable std::mutex mutex_;
+    std::mutex mutex_;
     std::vector<std::unique_ptr<Slab>> slabs_;
     std::size_t n_free_ = 0;
     int n_keepers_ = 0;

@@ -191,7 +191,7 @@ void Scheduler::submit(std::shared_ptr<Request> request) {
 void Scheduler::step(Seconds budget, const Check& check, const Deliver& deliver) {
     const Turn turn(*this);
     Budget whole(budget - delivery_);
-    if (budget > Seconds{0} && !live_.empty()) model_->threads().wake();
+    if (budget > Seconds{0}) wake_threads();
     obey();
     while (work(whole, check))
         check();
@@ -201,11 +201,17 @@ void Scheduler::step(Seconds budget, const Check& check, const Deliver& deliver)
 void Scheduler::step(const Check& check, const Deliver& deliver) {
     const Turn turn(*this);
     Budget whole(Budget::unlimited);
-    model_->threads().wake();
+    wake_threads();
     obey();
     while (events_.empty() && work(whole, check))
         check();
     finish_step(deliver);
+}
+
+// But not for a lone text that one thread continues best.
+void Scheduler::wake_threads() {
+    if (live_.size() > 1 || (live_.size() == 1 && model_->n_threads_alone() > 1))
+        model_->threads().wake();
 }
 
 // Events that a step which threw did not deliver come with the next.

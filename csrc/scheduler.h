@@ -61,7 +61,6 @@ public:
     void resume();
     bool paused() const { return wish_.load() == Wish::pause; }
 
-    const std::shared_ptr<Session>& session() const { return session_; }
     const std::vector<std::int32_t>& tokens() const { return tokens_; }
     const std::vector<TokenLogprob>& logprobs() const { return logprobs_; }
     Ending ending() const { return ending_; }
@@ -171,6 +170,7 @@ private:
     class Turn;
 
     bool work(Budget& budget, const Check& check);
+    void wake_threads();
     void finish_step(const Deliver& deliver);
     bool begin_flight(Budget& budget);
     void abandon();

@@ -367,3 +367,28 @@ def test_a_session_may_go_from_one_scheduler_to_another(stories):
     third.step(0.01)
     del first, second, third, one, other
     assert session._core.logits().tobytes() == stories.logits(session.tokens)[-1].tobytes()
+
+
+def test_what_left_a_pass_is_not_written_by_it(stories):
+    """A session taken out of a suspended pass, and given another past, keeps that past."""
+    n_suspended = 0
+    for attempt in range(20):
+        scheduler = stories.scheduler()
+        leaver, stayer = stories.session(seed=1), stories.session(seed=2)
+        for session in (leaver, stayer):
+            session.append([1, *range(5, 35)])
+        left = scheduler.submit(leaver, params=STORY)
+        stays = scheduler.submit(stayer, params=STORY, max_new_tokens=2)
+        for _ in range(1 + attempt % 3):
+            scheduler.step(0.005 + 0.002 * attempt)
+        n_suspended += scheduler.stats()["next_piece_ms"] > 0
+        left.cancel()
+        leaver.rewind(3)
+        leaver.feed(range(60, 90))
+        while not stays.done:
+            scheduler.step()
+        leaver.append([7])
+        logits = stories.logits(leaver.tokens)[-1]
+        assert leaver._core.logits().tobytes() == logits.tobytes()
+        assert stayer.tokens == told_alone(stories, [1, *range(5, 35)], 2, 2)[1]
+    assert n_suspended > 0
