@@ -298,7 +298,9 @@ py::dict stats_dict(Scheduler& scheduler) {
     result["n_live"] = stats.n_live;
     result["n_waiting"] = stats.n_waiting;
     result["tokens_read"] = stats.n_read;
+    result["tokens_shared"] = stats.n_shared;
     result["tokens_drawn"] = stats.n_drawn;
+    result["kv_bytes"] = stats.kv_bytes;
     result["pieces"] = stats.n_pieces;
     result["spent_ms"] = 1e3 * stats.spent.count();
     result["next_piece_ms"] = 1e3 * stats.next_piece.count();

@@ -13,9 +13,10 @@ using Clock = std::chrono::steady_clock;
 using Seconds = std::chrono::duration<double>;
 
 // A piece of work: attention, feed_forward and output are those of a forward pass, for n rows; n
-// draws of tokens are one as well. `amount` is in units that a piece's cost grows with.
+// draws of tokens are one as well, and copies of n blocks of a cache. `amount` is in units that a
+// piece's cost grows with.
 struct Work {
-    enum class Kind : std::uint8_t { attention, feed_forward, output, draw };
+    enum class Kind : std::uint8_t { attention, feed_forward, output, draw, copy };
     Kind kind;
     std::int64_t n;
     std::int64_t amount;
@@ -46,7 +47,7 @@ private:
     const Rate* nearest(const Work& work) const;
     Rate& own(const Work& work);
 
-    std::array<Rates, 4> rates_;
+    std::array<Rates, 5> rates_;
 };
 
 }  // namespace tinyllama

@@ -76,6 +76,7 @@ void KvPool::take(std::size_t n, std::vector<Block*>* blocks) {
             slab->first_free = block->next_free;
             slab->n_used += 1;
             n_free_ -= 1;
+            n_used_ += 1;
             block->n_users.store(1, std::memory_order_relaxed);
             blocks->push_back(block);
         }
@@ -90,6 +91,7 @@ void KvPool::release(Block* block) {
     slab->first_free = block;
     slab->n_used -= 1;
     n_free_ += 1;
+    n_used_ -= 1;
     if (slab->n_used == 0 && n_keepers_ == 0) drop_empty_slabs();
 }
 
@@ -108,6 +110,11 @@ void KvPool::let_go() {
     const std::lock_guard<std::mutex> lock(mutex_);
     n_keepers_ -= 1;
     if (n_keepers_ == 0) drop_empty_slabs();
+}
+
+std::int64_t KvPool::bytes_in_use() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return static_cast<std::int64_t>(n_used_) * layout_.block_bytes();
 }
 
 void KvPool::add_slab(std::size_t n) {
@@ -150,9 +157,9 @@ void KvCache::reserve(std::int32_t begin, std::int32_t end) {
         kept.blocks_.clear();
     }
     if (blocks_.size() < needed) {
-        // Half as many as there are, at least: so that what a long timeline reads again and again
-        // lies on large pages. Memory not yet touched costs nothing.
-        grow(std::max(needed, blocks_.size() + blocks_.size() / 2));
+        // Half as many as it has of its own, at least: so that what a long timeline reads again and
+        // again lies on large pages. Memory not yet touched costs nothing.
+        grow(std::max(needed, blocks_.size() + (blocks_.size() - n_shared_) / 2));
     }
 }
 

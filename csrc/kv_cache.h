@@ -61,6 +61,9 @@ public:
     void keep(std::size_t n_blocks);
     void let_go();
 
+    // Of blocks that have users; a block of several once.
+    std::int64_t bytes_in_use();
+
 private:
     void add_slab(std::size_t n);
     void drop_empty_slabs();
@@ -69,6 +72,7 @@ private:
     std::mutex mutex_;
     std::vector<std::unique_ptr<Slab>> slabs_;
     std::size_t n_free_ = 0;
+    std::size_t n_used_ = 0;
     int n_keepers_ = 0;
 };
 

@@ -1,19 +1,10 @@
 #include "scheduler.h"
 
 #include <algorithm>
-#include <cmath>
+#include <limits>
 
 namespace tinyllama {
 namespace {
-
-// Length of the longest end of `text` that begins `stop` without completing it. Both are UTF-8, of
-// which no character begins inside another, so that it is whole characters.
-std::size_t overlap(std::string_view text, std::string_view stop) {
-    for (std::size_t n = std::min(text.size(), stop.size() - 1); n > 0; --n) {
-        if (text.substr(text.size() - n) == stop.substr(0, n)) return n;
-    }
-    return 0;
-}
 
 // Of what is left of a budget, at most this much is spent before the clock is looked at again.
 constexpr double part_at_once = 0.5;
@@ -21,92 +12,10 @@ constexpr double part_at_once = 0.5;
 constexpr double largest_piece = 0.25;
 // What reading prompts may add to a pass of those who speak, in passes of theirs.
 constexpr double patience = 1.0;
+// A common beginning is worth waiting for if it spares so many tokens.
+constexpr std::size_t least_shared = 16;
 
 }  // namespace
-
-Request::Request(std::shared_ptr<Session> session, const std::vector<std::int32_t>& prompt,
-                 std::shared_ptr<StreamDecoder> decoder, const SamplingParams& params,
-                 Limits limits, std::optional<std::int32_t> n_top, Urgency urgency)
-    : session_(std::move(session)),
-      decoder_(std::move(decoder)),
-      params_(params),
-      limits_(std::move(limits)),
-      n_top_(n_top),
-      urgency_(urgency) {
-    validate(params_, session_->model().config().vocab_size);
-    session_->append(prompt);
-    const std::int32_t n_prompt = session_->n_tokens();
-    if (n_prompt == 0)
-        throw Error(Status::invalid_argument, "there is nothing to continue: the session is empty");
-    params_.n_prompt_tokens = n_prompt;
-    early_params_ = params_;
-    early_params_.banned.insert(early_params_.banned.end(), limits_.end_tokens.begin(),
-                                limits_.end_tokens.end());
-    room_ = session_->model().config().max_seq_len - n_prompt;
-    room_ = std::min<std::int64_t>(room_, limits_.max_new_tokens.value_or(room_));
-    if (room_ <= 0) end(Ending::length);
-}
-
-void Request::pause() {
-    Wish run = Wish::run;
-    wish_.compare_exchange_strong(run, Wish::pause);
-}
-
-void Request::resume() {
-    Wish pause = Wish::pause;
-    wish_.compare_exchange_strong(pause, Wish::run);
-}
-
-std::string_view Request::take_text() {
-    const std::string_view piece = text().substr(n_taken_);
-    n_taken_ = n_certain_;
-    return piece;
-}
-
-Draw Request::next_draw() const {
-    const bool early = tokens_.size() < static_cast<std::size_t>(limits_.min_new_tokens);
-    return {session_.get(), early ? &early_params_ : &params_, decoder_.get()};
-}
-
-void Request::accept(std::int32_t token) {
-    const std::vector<std::int32_t>& ends = limits_.end_tokens;
-    if (std::find(ends.begin(), ends.end(), token) != ends.end()) {
-        append(decoder_->finish());
-        end(Ending::stop);
-        return;
-    }
-    if (n_top_) {
-        logprobs_.push_back(
-            {token, session_->log_probability(token), session_->top_log_probabilities(*n_top_)});
-    }
-    tokens_.push_back(token);
-    session_->append({token});
-    append(decoder_->push(token));
-    // A character that the limit cuts in two is left out: half of it means nothing.
-    if (ending_ == Ending::none && static_cast<std::int64_t>(tokens_.size()) == room_)
-        end(Ending::length);
-}
-
-// Ends the text before a stop string, or holds back what may become one.
-void Request::append(std::string_view piece) {
-    text_ += piece;
-    std::size_t found = std::string::npos, n_held = 0;
-    for (const std::string& stop : limits_.stops) {
-        found = std::min(found, text_.find(stop, n_certain_));
-        n_held = std::max(n_held, overlap(std::string_view(text_).substr(n_certain_), stop));
-    }
-    if (found != std::string::npos) {
-        text_.resize(found);
-        end(Ending::stop);
-    } else {
-        n_certain_ = text_.size() - n_held;
-    }
-}
-
-void Request::end(Ending ending) {
-    ending_ = ending;
-    n_certain_ = text_.size();
-}
 
 // When a step has to be over.
 struct Scheduler::Budget {
@@ -185,6 +94,11 @@ void Scheduler::submit(std::shared_ptr<Request> request) {
                         "the session is in this scheduler already, with a request that goes on");
     }
     request->id_ = ++n_submitted_;
+    request->source_ = find_source(*request);
+    known_.erase(std::remove_if(known_.begin(), known_.end(),
+                                [](const auto& other) { return other.expired(); }),
+                 known_.end());
+    known_.push_back(request);
     live_.push_back(std::move(request));
 }
 
@@ -240,6 +154,7 @@ Scheduler::Stats Scheduler::stats() {
     const Turn turn(*this);
     Stats stats = stats_;
     stats.n_live = static_cast<std::int64_t>(live_.size());
+    stats.kv_bytes = model_->kv_pool()->bytes_in_use();
     for (const auto& request : live_)
         stats.n_waiting += request->tokens_.empty() ? 1 : 0;
     if (!parts_.empty() && pass_->n_left() > 0) stats.next_piece = costs_.estimate(pass_->next(0));
@@ -276,6 +191,7 @@ void Scheduler::obey() {
 
 void Scheduler::finish(const std::shared_ptr<Request>& request, Ending ending) {
     request->end(ending);
+    request->source_ = nullptr;
     announce(request);
 }
 
@@ -323,6 +239,7 @@ void Scheduler::abandon() {
         leave(*part.request);
     parts_.clear();
     rows_.clear();
+    order_.clear();
     drawing_.clear();
     n_drawn_ = 0;
     flying_ = false;
@@ -386,9 +303,86 @@ void Scheduler::choose(Budget& budget) {
             room /= 2;
     }
     for (const auto& request : order_) {
-        const std::int64_t n_unread = request->session_->n_unread();
-        if (n_unread > 1 && room > 0) room -= take(request, std::min(n_unread, room));
+        if (room == 0) break;
+        if (request->last_turn_ == turn_) continue;  // it has its part
+        const std::shared_ptr<Request> reader = find_reader(request, budget);
+        if (reader == nullptr || reader->last_turn_ == turn_) continue;
+        room -= take(reader, std::min<std::int64_t>(reader->session_->n_unread(), room));
     }
+    order_.clear();
+}
+
+// Who else has the longest beginning in common with a request, and has read it, or will before.
+std::shared_ptr<Request> Scheduler::find_source(const Request& request) {
+    std::shared_ptr<Request> found;
+    const SessionLock lock(*request.session_);
+    std::size_t longest = request.session_->n_read_ + least_shared - 1;
+    for (const auto& weak : known_) {
+        const std::shared_ptr<Request> other = weak.lock();
+        if (other == nullptr || other->session_ == request.session_) continue;
+        const SessionLock others(*other->session_, std::try_to_lock);
+        if (!others.owns()) continue;
+        std::size_t n = request.session_->n_in_common_with(*other->session_);
+        if (!goes_on(*other) || other->id_ > request.id_) n = std::min(n, other->session_->n_read_);
+        if (n <= longest) continue;
+        longest = n;
+        found = other;
+    }
+    return found;
+}
+
+// Who is to read now, so that a request goes on: itself, unless another is about to read the same
+// beginning. Nobody, where there is no time left to share what was read.
+std::shared_ptr<Request> Scheduler::find_reader(const std::shared_ptr<Request>& request,
+                                                Budget& budget) {
+    std::shared_ptr<Request> reader = request;
+    while (reader->source_ != nullptr) {
+        const std::shared_ptr<Request> source = reader->source_;
+        if (!share_beginning(*reader, budget)) return nullptr;
+        if (reader->source_ == source) reader = source;
+    }
+    return reader;
+}
+
+// Shares what a request's source has read, and finds it another where that will not read the rest.
+// False: there is no time for that now.
+bool Scheduler::share_beginning(Request& request, Budget& budget) {
+    const std::shared_ptr<Request> source = request.source_;
+    {
+        Session &session = *request.session_, &other = *source->session_;
+        const SessionLock lock(session), others(other, std::try_to_lock);
+        const std::size_t common = others.owns() ? session.n_in_common_with(other) : 0;
+        if (common > other.n_read_ && goes_on(*source)) return true;
+        std::size_t n = std::min(common, other.n_read_);
+        const bool all = n == common;
+        const Work copy{Work::Kind::copy, 1, 1};
+        Seconds cost = n % kv_block == 0 ? Seconds{0} : costs_.estimate(copy);
+        const bool too_dear = cost > largest_piece * budget.whole;
+        if (too_dear) {
+            costs_.doubt(copy);
+            n -= n % kv_block;  // the rest is read instead
+            cost = Seconds{0};
+        }
+        if (n >= session.n_read_ + least_shared) {
+            if (budget.limited() && cost > budget.left()) return false;
+            const Clock::time_point start = Clock::now();
+            stats_.n_shared += static_cast<std::int64_t>(n - session.n_read_);
+            session.share_beginning(other, n);
+            if (n % kv_block != 0) {
+                pieces_.assign(1, copy);
+                costs_.learn(pieces_, Clock::now() - start);
+            }
+            budget.untouched = false;
+        }
+        request.source_ = nullptr;
+        if (all || too_dear) return true;
+    }
+    request.source_ = find_source(request);
+    return true;
+}
+
+bool Scheduler::goes_on(const Request& request) {
+    return request.ending_ == Ending::none && request.wish_.load() == Request::Wish::run;
 }
 
 // Gives a request n rows; returns how many it has got. One that cannot have them ends.
@@ -524,9 +518,8 @@ void Scheduler::drop_undrawable() {
 }
 
 // It may have ended, been paused, or got more to read since it was chosen.
-bool Scheduler::may_draw(const Request& request) const {
-    return request.ending_ == Ending::none && request.wish_.load() == Request::Wish::run &&
-           request.session_->n_unread() == 0;
+bool Scheduler::may_draw(const Request& request) {
+    return goes_on(request) && request.session_->n_unread() == 0;
 }
 
 void Scheduler::take_in(const std::shared_ptr<Request>& request, const Draw& drawn) {

@@ -187,6 +187,20 @@ void Session::keep(std::size_t n_tokens) {
     n_read_ = std::min(n_read_, std::max<std::size_t>(n_tokens, 1) - 1);
 }
 
+std::size_t Session::n_in_common_with(const Session& other) const {
+    if (tokens_.empty()) return 0;
+    const auto most = std::min(tokens_.size() - 1, other.tokens_.size());
+    const auto end = tokens_.begin() + static_cast<std::ptrdiff_t>(most);
+    return static_cast<std::size_t>(
+        std::mismatch(tokens_.begin(), end, other.tokens_.begin()).first - tokens_.begin());
+}
+
+void Session::share_beginning(Session& other, std::size_t n) {
+    leave_pass();
+    cache_ = other.cache_.share(static_cast<std::int32_t>(n));
+    n_read_ = n;
+}
+
 void Session::refuse_nonfinite_logits() {
     const auto pos = static_cast<std::int32_t>(tokens_.size()) - 1;
     try {

@@ -8,6 +8,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -69,6 +70,10 @@ private:
     // Throws Error(nonfinite), and forgets the last token's logits, if one is not a finite number.
     void refuse_nonfinite_logits();
     void keep(std::size_t n_tokens);
+    // How many first tokens are also those of another; never all, so that the last is still read.
+    std::size_t n_in_common_with(const Session& other) const;
+    // Takes over what another has read of the first n tokens, which both have in common.
+    void share_beginning(Session& other, std::size_t n);
     void read_all();
 
     std::shared_ptr<const Model> model_;
@@ -84,12 +89,13 @@ private:
 // Sessions are used by one thread at a time; a second one gets an error, not corruption.
 class SessionLock {
 public:
-    explicit SessionLock(Session& session) : session_(&session) {
-        if (session.in_use_.exchange(true)) {
-            session_ = nullptr;
+    explicit SessionLock(Session& session) : SessionLock(session, std::try_to_lock) {
+        if (session_ == nullptr)
             throw Error(Status::busy, "the session is in use by another thread");
-        }
     }
+    SessionLock(Session& session, std::try_to_lock_t)
+        : session_(session.in_use_.exchange(true) ? nullptr : &session) {}
+    bool owns() const { return session_ != nullptr; }
     SessionLock(SessionLock&& other) noexcept : session_(std::exchange(other.session_, nullptr)) {}
     SessionLock(const SessionLock&) = delete;
     SessionLock& operator=(const SessionLock&) = delete;

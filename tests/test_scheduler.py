@@ -392,3 +392,88 @@ def test_what_left_a_pass_is_not_written_by_it(stories):
         assert leaver._core.logits().tobytes() == logits.tobytes()
         assert stayer.tokens == told_alone(stories, [1, *range(5, 35)], 2, 2)[1]
     assert n_suspended > 0
+
+
+PERSONA = [1, *(3 + (7 * i) % 280 for i in range(99))]  # 100 tokens
+
+
+@pytest.fixture(scope="module")
+def long_stories():
+    return tiny_model(max_seq_len=160)
+
+
+@pytest.mark.parametrize("budget_ms", [None, 0.1])
+def test_a_common_beginning_is_read_once(long_stories, budget_ms):
+    scheduler = long_stories.scheduler()
+    prompts = [[*PERSONA, 5 + i, 6 + i] for i in range(20)]
+    requests = [
+        scheduler.submit(prompt, params=STORY, seed=i, max_new_tokens=4)
+        for i, prompt in enumerate(prompts)
+    ]
+    while scheduler.stats()["n_live"]:
+        scheduler.step(budget_ms)
+    stats = scheduler.stats()
+    assert stats["tokens_shared"] == 19 * len(PERSONA)
+    # What was drawn is read too, but for the last of it.
+    assert stats["tokens_read"] == len(PERSONA) + 20 * (2 + 3)
+    block = 32 * long_stories.info()["kv_bytes_per_token"]
+    # Three blocks and a bit: the bit is everybody's own.
+    assert stats["kv_bytes"] == (3 + 20) * block
+    for i, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+        assert told(request) == told_alone(long_stories, prompt, i, 4)
+
+
+def test_the_longest_beginning_is_found(long_stories):
+    scheduler = long_stories.scheduler()
+    short = scheduler.submit(PERSONA[:40], params=STORY, max_new_tokens=1)
+    long = scheduler.submit(PERSONA, params=STORY, max_new_tokens=1)
+    while not (short.done and long.done):
+        scheduler.step()
+    before = scheduler.stats()
+    assert before["tokens_read"] + before["tokens_shared"] == 40 + 100
+    # Ended, but held. The same timeline still needs the logits of its last token.
+    again = scheduler.submit(PERSONA, params=STORY, max_new_tokens=1)
+    while not again.done:
+        scheduler.step()
+    after = scheduler.stats()
+    assert after["tokens_shared"] - before["tokens_shared"] == len(PERSONA) - 1
+    assert after["tokens_read"] - before["tokens_read"] == 1
+    # Nobody holds them any more.
+    del short, long, again
+    scheduler.submit(PERSONA, params=STORY, max_new_tokens=1)
+    while scheduler.stats()["n_live"]:
+        scheduler.step()
+    assert scheduler.stats()["tokens_shared"] == after["tokens_shared"]
+
+
+@pytest.mark.parametrize("how", ["cancel", "pause", "rewind", "change"])
+def test_who_waits_for_a_beginning_goes_on_without(long_stories, how):
+    scheduler = long_stories.scheduler()
+    requests = [scheduler.submit([*PERSONA, 7], params=STORY, seed=i) for i in range(3)]
+    scheduler.step(0.03)
+    first = requests[0]
+    if how in {"cancel", "pause"}:
+        getattr(first, how)()
+    else:
+        first.session.rewind(20)
+        first.session.append([9] if how == "rewind" else [5] * 90)
+    others = [
+        scheduler.submit([*PERSONA, 8], params=STORY, seed=i, max_new_tokens=3) for i in (3, 4)
+    ]
+    requests[1].cancel()
+    while not all(other.done for other in others):
+        scheduler.step(0.1)
+    for i, other in enumerate(others):
+        assert told(other) == told_alone(long_stories, [*PERSONA, 8], 3 + i, 3)
+    assert scheduler.stats()["tokens_shared"] > 0
+
+
+def test_a_more_urgent_request_does_not_wait_for_a_place_of_its_source(long_stories):
+    scheduler = long_stories.scheduler(max_sessions=1)
+    first = scheduler.submit(PERSONA, params=STORY, seed=1, max_new_tokens=2)
+    second = scheduler.submit([*PERSONA, 5], params=STORY, seed=2, max_new_tokens=2, priority=1)
+    order = []
+    while scheduler.stats()["n_live"]:
+        order += [event.request for event in scheduler.step(0.1) if event.done]
+    assert set(order) == {first, second}
+    assert told(second) == told_alone(long_stories, [*PERSONA, 5], 2, 2)

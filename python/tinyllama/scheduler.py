@@ -82,6 +82,10 @@ class Scheduler:
         nearer. ``deadline_ms`` from now a request that has not ended does, with finish_reason
         "deadline". More than ``max_sessions`` wait for others to end.
 
+        What begins like another request (one that goes on, or that ended and is still held by
+        somebody), for 16 tokens or more, is neither read nor stored again: a persona given to
+        64 characters at once is read once.
+
         Raises ArgumentError for a wrong option or token id, ContextFullError for a prompt longer
         than the context, BusyError for a session in use.
         """
@@ -127,7 +131,11 @@ class Scheduler:
         return events
 
     def stats(self) -> dict[str, Any]:
-        """n_live requests and n_waiting ones (for their first token); tokens_read, tokens_drawn,
-        pieces of work and the milliseconds spent_ms in them since the beginning; next_piece_ms:
-        what the next piece is thought to take. A budget below that does nothing."""
+        """What is there and what was done since the beginning.
+
+        n_live requests, and n_waiting ones (for their first token); tokens_read; tokens_shared: not
+        read, as another request with the same beginning had; tokens_drawn; pieces of work and the
+        milliseconds spent_ms in them; next_piece_ms: what the next piece is thought to take (a
+        budget below that does nothing); kv_bytes: memory for keys and values in use, by all
+        sessions of the model, a part that several share counted once."""
         return self._core.stats

@@ -1,0 +1,105 @@
+// One text being continued: how its tokens are drawn, what they make, and when it ends.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <exception>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "costs.h"
+#include "sampler.h"
+#include "session.h"
+#include "tokenizer.h"
+
+namespace tinyllama {
+
+// When a text ends, if the context is not full before.
+struct Limits {
+    std::optional<std::int32_t> max_new_tokens;
+    std::int32_t min_new_tokens = 0;       // before this many, end tokens are not drawn
+    std::vector<std::int32_t> end_tokens;  // end the text and are no part of it
+    std::vector<std::string> stops;        // not empty; the text ends before the first of them
+};
+
+// Who comes first where not all fit: higher priority, then the earlier deadline, then who has
+// waited longest. At its deadline a request ends.
+struct Urgency {
+    std::int32_t priority = 0;
+    Clock::time_point deadline = Clock::time_point::max();
+};
+
+// A drawn token's log-probability under the model itself, and the likeliest tokens in its place.
+struct TokenLogprob {
+    std::int32_t token;
+    double logprob;
+    std::vector<std::pair<std::int32_t, double>> top;
+};
+
+enum class Ending : std::uint8_t { none, stop, length, cancelled, deadline, error };
+
+// One text being continued: a session, and what was made of it. cancel(), pause() and resume() may
+// be called by any thread; the rest by the one that steps.
+class Request {
+public:
+    // Appends `prompt` to the session. `decoder` is the text so far. With n_top, every token's
+    // log-probability is kept, and those of the n_top likeliest. Throws what Session::append does.
+    Request(std::shared_ptr<Session> session, const std::vector<std::int32_t>& prompt,
+            std::shared_ptr<StreamDecoder> decoder, const SamplingParams& params, Limits limits,
+            std::optional<std::int32_t> n_top = std::nullopt, Urgency urgency = {});
+
+    // The scheduler acts on these before its next piece of work. A paused request keeps its place;
+    // what was half read of it is read again.
+    void cancel() { wish_.store(Wish::end); }
+    void pause();
+    void resume();
+    bool paused() const { return wish_.load() == Wish::pause; }
+
+    const std::vector<std::int32_t>& tokens() const { return tokens_; }
+    const std::vector<TokenLogprob>& logprobs() const { return logprobs_; }
+    Ending ending() const { return ending_; }
+    // Rethrows what made it end with Ending::error.
+    void rethrow() const {
+        if (error_ != nullptr) std::rethrow_exception(error_);
+    }
+    // What is certain of the text, whole characters, and the part of it not taken before: what may
+    // become a stop string is held back.
+    std::string_view text() const { return std::string_view(text_).substr(0, n_certain_); }
+    std::string_view take_text();
+
+private:
+    friend class Scheduler;
+    enum class Wish : std::uint8_t { run, pause, end };
+
+    Draw next_draw() const;
+    void accept(std::int32_t token);
+    void append(std::string_view piece);
+    void end(Ending ending);
+
+    std::shared_ptr<Session> session_;
+    std::shared_ptr<StreamDecoder> decoder_;
+    SamplingParams params_;
+    SamplingParams early_params_;  // of the first min_new_tokens
+    Limits limits_;
+    std::optional<std::int32_t> n_top_;
+    Urgency urgency_;
+    std::int64_t room_;  // for new tokens
+    std::vector<std::int32_t> tokens_;
+    std::vector<TokenLogprob> logprobs_;
+    std::string text_;
+    std::size_t n_certain_ = 0;  // bytes of text_
+    std::size_t n_taken_ = 0;
+    Ending ending_ = Ending::none;
+    std::exception_ptr error_;
+    std::atomic<Wish> wish_{Wish::run};
+    std::uint64_t id_ = 0;  // in the order of submission
+    std::uint64_t last_turn_ = 0;
+    std::shared_ptr<Request> source_;  // has the same beginning, and has read it or will before
+    bool announced_ = false;           // that it ended
+};
+
+}  // namespace tinyllama
