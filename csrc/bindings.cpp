@@ -246,7 +246,8 @@ void bind_session(py::module_& m) {
                  return py::array_t<float>(static_cast<py::ssize_t>(logits.size()), logits.data());
              })
         .def_property_readonly("n_unread", &Session::n_unread)
-        .def("append", &Session::append, py::arg("tokens"))
+        .def("append", py::overload_cast<const Tokens&>(&Session::append), py::arg("tokens"))
+        .def("drop_cache", &Session::drop_cache)
         .def("rewind", &Session::rewind, py::arg("n_tokens"),
              py::call_guard<py::gil_scoped_release>())
         .def("fork", &Session::fork, py::arg("seed"), py::call_guard<py::gil_scoped_release>());
@@ -334,6 +335,15 @@ std::vector<RequestEvent> by_request(const std::vector<Event>& events) {
     return result;
 }
 
+Overflow find_overflow(const std::string& name) {
+    if (name == "stop") return Overflow::stop;
+    if (name == "shift") return Overflow::shift;
+    if (name == "truncate") return Overflow::truncate;
+    if (name == "error") return Overflow::error;
+    throw Error(Status::invalid_argument,
+                "on_overflow is '" + name + "'; it must be stop, shift, truncate or error");
+}
+
 Urgency urgency(std::int32_t priority, std::optional<double> deadline_ms) {
     Urgency result{priority, Clock::time_point::max()};
     constexpr double longest_ms = 1e12;  // thirty years; more is none
@@ -350,10 +360,15 @@ void bind_scheduler(py::module_& m) {
                          std::shared_ptr<StreamDecoder> decoder, const SamplingParams& params,
                          std::optional<std::int32_t> max_new_tokens, std::int32_t min_new_tokens,
                          Tokens end_tokens, std::vector<std::string> stops,
+                         const std::string& on_overflow, std::int32_t n_keep,
                          std::optional<std::int32_t> n_top, std::int32_t priority,
                          std::optional<double> deadline_ms) {
-                 Limits limits{max_new_tokens, min_new_tokens, std::move(end_tokens),
-                               std::move(stops)};
+                 Limits limits{max_new_tokens,
+                               min_new_tokens,
+                               std::move(end_tokens),
+                               std::move(stops),
+                               find_overflow(on_overflow),
+                               n_keep};
                  return std::make_shared<Request>(std::move(session), prompt, std::move(decoder),
                                                   params, std::move(limits), n_top,
                                                   urgency(priority, deadline_ms));
@@ -361,8 +376,8 @@ void bind_scheduler(py::module_& m) {
              py::arg("session"), py::arg("prompt"), py::arg("decoder"), py::arg("params"),
              py::arg("max_new_tokens") = py::none(), py::arg("min_new_tokens") = 0,
              py::arg("end_tokens") = Tokens(), py::arg("stops") = std::vector<std::string>(),
-             py::arg("n_top") = py::none(), py::arg("priority") = 0,
-             py::arg("deadline_ms") = py::none(), py::keep_alive<1, 4>())
+             py::arg("on_overflow") = "stop", py::arg("n_keep") = 1, py::arg("n_top") = py::none(),
+             py::arg("priority") = 0, py::arg("deadline_ms") = py::none(), py::keep_alive<1, 4>())
         .def_property_readonly("text", &Request::text)
         .def_property_readonly("tokens", &Request::tokens)
         .def_property_readonly("logprobs", &logprobs_of)

@@ -26,17 +26,58 @@ Request::Request(std::shared_ptr<Session> session, const std::vector<std::int32_
       n_top_(n_top),
       urgency_(urgency) {
     validate(params_, session_->model().config().vocab_size);
-    session_->append(prompt);
-    const std::int32_t n_prompt = session_->n_tokens();
-    if (n_prompt == 0)
+    append_prompt(prompt);
+    params_.n_prompt_tokens = session_->n_tokens();
+    if (params_.n_prompt_tokens == 0)
         throw Error(Status::invalid_argument, "there is nothing to continue: the session is empty");
-    params_.n_prompt_tokens = n_prompt;
     early_params_ = params_;
     early_params_.banned.insert(early_params_.banned.end(), limits_.end_tokens.begin(),
                                 limits_.end_tokens.end());
-    room_ = session_->model().config().max_seq_len - n_prompt;
-    room_ = std::min<std::int64_t>(room_, limits_.max_new_tokens.value_or(room_));
-    if (room_ <= 0) end(Ending::length);
+    if (make_room() && limits_.max_new_tokens.value_or(1) <= 0) end(Ending::length);
+}
+
+void Request::append_prompt(const std::vector<std::int32_t>& prompt) {
+    const Overflow policy = limits_.on_overflow;
+    if (policy == Overflow::stop || policy == Overflow::error) {
+        session_->append(prompt);
+        return;
+    }
+    const std::int64_t context = session_->model().config().max_seq_len;
+    const std::int64_t n_keep = limits_.n_keep;
+    if (n_keep < 0 || n_keep > context - 2)
+        throw Error(Status::invalid_argument, "n_keep is " + std::to_string(n_keep) +
+                                                  "; with a context of " + std::to_string(context) +
+                                                  " it must be in [0, " +
+                                                  std::to_string(context - 2) + "]");
+    const std::int64_t half = n_keep + (context - n_keep) / 2;
+    std::int64_t n_most = half;
+    if (policy == Overflow::truncate && limits_.max_new_tokens)
+        n_most = std::max(context - *limits_.max_new_tokens, n_keep + 1);
+    const std::int64_t n = session_->n_tokens() + static_cast<std::int64_t>(prompt.size());
+    const bool cut = n >= context || (policy == Overflow::truncate && limits_.max_new_tokens);
+    session_->append(prompt, static_cast<std::size_t>(n_keep),
+                     static_cast<std::size_t>(cut ? n_most : context));
+}
+
+// Whether the context has room for a token, which is made where that was asked for. If not, the
+// text ends.
+bool Request::make_room() {
+    const std::int32_t context = session_->model().config().max_seq_len;
+    const std::int32_t n = session_->n_tokens();
+    if (n < context) return true;
+    if (limits_.on_overflow == Overflow::error)
+        throw Error(Status::context_full, "the context of " + std::to_string(context) +
+                                              " tokens is full, and the text has not ended");
+    if (limits_.on_overflow != Overflow::shift) {
+        end(Ending::length);
+        return false;
+    }
+    const std::int32_t n_keep = limits_.n_keep, half = n_keep + (context - n_keep) / 2;
+    session_->append({}, static_cast<std::size_t>(n_keep), static_cast<std::size_t>(half));
+    const std::int32_t n_dropped = n - half;
+    for (SamplingParams* params : {&params_, &early_params_})
+        params->n_prompt_tokens -= std::clamp(params->n_prompt_tokens - n_keep, 0, n_dropped);
+    return true;
 }
 
 void Request::pause() {
@@ -67,6 +108,7 @@ void Request::accept(std::int32_t token) {
         end(Ending::stop);
         return;
     }
+    if (!make_room()) return;  // somebody else has filled it
     if (n_top_) {
         logprobs_.push_back(
             {token, session_->log_probability(token), session_->top_log_probabilities(*n_top_)});
@@ -74,9 +116,14 @@ void Request::accept(std::int32_t token) {
     tokens_.push_back(token);
     session_->append({token});
     append(decoder_->push(token));
+    if (ending_ != Ending::none) return;
     // A character that the limit cuts in two is left out: half of it means nothing.
-    if (ending_ == Ending::none && static_cast<std::int64_t>(tokens_.size()) == room_)
+    if (limits_.max_new_tokens &&
+        static_cast<std::int64_t>(tokens_.size()) >= *limits_.max_new_tokens) {
         end(Ending::length);
+    } else {
+        make_room();
+    }
 }
 
 // Ends the text before a stop string, or holds back what may become one.

@@ -18,12 +18,24 @@
 
 namespace tinyllama {
 
-// When a text ends, if the context is not full before.
+// What to do when the context is full, or a prompt does not fit into it.
+enum class Overflow : std::uint8_t {
+    stop,      // the text ends; no prompt is cut
+    shift,     // half of it is dropped, the oldest but for the first n_keep tokens, the rest read
+               // again, and the text goes on
+    truncate,  // of a prompt as much is dropped, the oldest but for the first n_keep, as makes room
+               // for max_new_tokens, or for half of the context; then the text ends
+    error,     // the text ends with Error(context_full)
+};
+
+// When a text ends.
 struct Limits {
     std::optional<std::int32_t> max_new_tokens;
     std::int32_t min_new_tokens = 0;       // before this many, end tokens are not drawn
     std::vector<std::int32_t> end_tokens;  // end the text and are no part of it
     std::vector<std::string> stops;        // not empty; the text ends before the first of them
+    Overflow on_overflow = Overflow::stop;
+    std::int32_t n_keep = 1;
 };
 
 // Who comes first where not all fit: higher priority, then the earlier deadline, then who has
@@ -47,7 +59,8 @@ enum class Ending : std::uint8_t { none, stop, length, cancelled, deadline, erro
 class Request {
 public:
     // Appends `prompt` to the session. `decoder` is the text so far. With n_top, every token's
-    // log-probability is kept, and those of the n_top likeliest. Throws what Session::append does.
+    // log-probability is kept, and those of the n_top likeliest. Throws what Session::append does,
+    // and Error(invalid_argument) for options out of range.
     Request(std::shared_ptr<Session> session, const std::vector<std::int32_t>& prompt,
             std::shared_ptr<StreamDecoder> decoder, const SamplingParams& params, Limits limits,
             std::optional<std::int32_t> n_top = std::nullopt, Urgency urgency = {});
@@ -76,6 +89,8 @@ private:
     enum class Wish : std::uint8_t { run, pause, end };
 
     Draw next_draw() const;
+    void append_prompt(const std::vector<std::int32_t>& prompt);
+    bool make_room();
     void accept(std::int32_t token);
     void append(std::string_view piece);
     void end(Ending ending);
@@ -87,7 +102,6 @@ private:
     Limits limits_;
     std::optional<std::int32_t> n_top_;
     Urgency urgency_;
-    std::int64_t room_;  // for new tokens
     std::vector<std::int32_t> tokens_;
     std::vector<TokenLogprob> logprobs_;
     std::string text_;

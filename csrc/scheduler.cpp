@@ -527,14 +527,21 @@ void Scheduler::take_in(const std::shared_ptr<Request>& request, const Draw& dra
         fail(request, drawn.error);
         return;
     }
+    const std::size_t n_before = request->tokens_.size();
+    std::exception_ptr error;
     try {
-        const std::size_t n_before = request->tokens_.size();
         request->accept(drawn.token);
-        stats_.n_drawn += 1;
-        if (request->tokens_.size() > n_before) events_.push_back({request, drawn.token});
-        if (request->ending_ != Ending::none) announce(request);
     } catch (...) {
-        fail(request, std::current_exception());
+        error = std::current_exception();
+    }
+    if (request->tokens_.size() > n_before) {
+        stats_.n_drawn += 1;
+        events_.push_back({request, drawn.token});
+    }
+    if (error != nullptr) {
+        fail(request, error);
+    } else if (request->ending_ != Ending::none) {
+        announce(request);
     }
 }
 

@@ -136,7 +136,7 @@ std::vector<std::pair<std::int32_t, double>> Session::top_log_probabilities(std:
     return tinyllama::top_log_probabilities(model_->kernels(), logits_, n);
 }
 
-void Session::check(const std::int32_t* tokens, std::size_t n) const {
+void Session::check_vocabulary(const std::int32_t* tokens, std::size_t n) const {
     const std::int32_t vocab_size = model_->config().vocab_size;
     for (std::size_t i = 0; i < n; ++i) {
         if (tokens[i] >= 0 && tokens[i] < vocab_size) continue;
@@ -144,6 +144,10 @@ void Session::check(const std::int32_t* tokens, std::size_t n) const {
                                                   " is outside the " + std::to_string(vocab_size) +
                                                   " tokens of " + model_->name());
     }
+}
+
+void Session::check(const std::int32_t* tokens, std::size_t n) const {
+    check_vocabulary(tokens, n);
     const auto max_seq_len = static_cast<std::size_t>(model_->config().max_seq_len);
     if (n > max_seq_len - tokens_.size()) {
         throw Error(Status::context_full,
@@ -164,6 +168,34 @@ void Session::append(const std::vector<std::int32_t>& tokens) {
     const SessionLock lock(*this);
     check(tokens.data(), tokens.size());
     tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+}
+
+void Session::append(const std::vector<std::int32_t>& tokens, std::size_t n_first,
+                     std::size_t n_most) {
+    const SessionLock lock(*this);
+    check_vocabulary(tokens.data(), tokens.size());
+    const std::size_t n = tokens_.size() + tokens.size();
+    if (n <= n_most) {
+        tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+        return;
+    }
+    std::vector<std::int32_t> all;
+    all.reserve(n);
+    all.insert(all.end(), tokens_.begin(), tokens_.end());
+    all.insert(all.end(), tokens.begin(), tokens.end());
+    const auto first = all.begin() + static_cast<std::ptrdiff_t>(n_first);
+    all.erase(first, first + static_cast<std::ptrdiff_t>(n - n_most));
+    leave_pass();
+    n_read_ = std::min(n_read_, n_first);
+    tokens_.swap(all);
+}
+
+void Session::drop_cache() {
+    const SessionLock lock(*this);
+    leave_pass();
+    n_read_ = 0;
+    cache_ = KvCache(model_->kv_pool());
+    logits_ = Logits();
 }
 
 void Session::add_rows(std::size_t n, std::vector<Row>* rows) {

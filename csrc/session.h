@@ -48,10 +48,15 @@ public:
     // Appends tokens, unread. Throws Error before anything changes: invalid_argument for one
     // outside the vocabulary, context_full, busy.
     void append(const std::vector<std::int32_t>& tokens);
+    // The same, but of all tokens then there only the first n_first stay, and of the others the
+    // newest, n_most all together: never context_full, for n_most within it.
+    void append(const std::vector<std::int32_t>& tokens, std::size_t n_first, std::size_t n_most);
     // Throws what append() would, but for busy.
     void check(const std::int32_t* tokens, std::size_t n) const;
     // Keeps the first n_tokens.
     void rewind(std::int32_t n_tokens);
+    // Gives the memory of keys, values and logits back. All is read again when it is needed.
+    void drop_cache();
     // A copy with the same past and a random state of its own.
     std::shared_ptr<Session> fork(std::uint64_t seed);
 
@@ -62,6 +67,7 @@ private:
     friend void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_chunks,
                      const Tap* tap);
 
+    void check_vocabulary(const std::int32_t* tokens, std::size_t n) const;
     std::size_t unread() const { return tokens_.size() - n_read_; }
     void leave_pass();
     // Appends rows that read the next n unread tokens; once they are computed, has_read(n).

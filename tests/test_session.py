@@ -157,3 +157,31 @@ def test_appended_text_is_read_when_it_is_needed(model):
     with pytest.raises(ContextFullError, match="do not fit"):
         appended.append([1] * 62)
     assert len(appended.tokens) == 3
+
+
+def test_a_dropped_cache_is_built_again(model):
+    session = model.session(seed=5)
+    session.feed([1, *range(5, 25)])
+    expected = model.session(seed=5)
+    expected.feed([1, *range(5, 25)])
+    session.drop_cache()
+    assert session.tokens == expected.tokens
+    assert session._core.n_unread == 21
+    assert session._core.logits().tobytes() == expected._core.logits().tobytes()
+    session.drop_cache()
+    assert list(session.generate(max_new_tokens=8)) == list(expected.generate(max_new_tokens=8))
+    model.session().drop_cache()
+
+
+def test_memory_of_a_dropped_cache_is_given_back():
+    model = tiny_model()
+    scheduler = model.scheduler()
+    sessions = [model.session() for _ in range(3)]
+    for session in sessions:
+        session.feed([1, *range(5, 60)])
+    block = 32 * model.info()["kv_bytes_per_token"]
+    assert scheduler.stats()["kv_bytes"] == 3 * 2 * block
+    sessions[0].drop_cache()
+    assert scheduler.stats()["kv_bytes"] == 2 * 2 * block
+    del sessions, session
+    assert scheduler.stats()["kv_bytes"] == 0

@@ -98,6 +98,7 @@ class Session:
         """Tokens that the model has not read yet: what needs the logits reads them."""
     def append(self, tokens: Sequence[int]) -> None:
         """Append tokens, unread. ArgumentError, ContextFullError, BusyError change nothing."""
+    def drop_cache(self) -> None: ...
     def rewind(self, n_tokens: int) -> None:
         """Keep the first n_tokens. The logits return with the next feed or sample."""
     def fork(self, seed: int) -> Session:
@@ -119,6 +120,8 @@ class Request:
         min_new_tokens: int = ...,
         end_tokens: Sequence[int] = ...,
         stops: Sequence[bytes] = ...,
+        on_overflow: str = ...,
+        n_keep: int = ...,
         n_top: int | None = ...,
         priority: int = ...,
         deadline_ms: float | None = ...,

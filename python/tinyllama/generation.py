@@ -81,6 +81,8 @@ def request_arguments(
         options.min_new_tokens,
         end_tokens(model.tokenizer),
         [stop.encode("utf-8", "surrogatepass") for stop in options.stop_strings()],
+        options.on_overflow,
+        options.n_keep,
         n_top,
         priority,
         deadline_ms,
@@ -114,30 +116,19 @@ def complete_prompts(
     """Continue every prompt ``params.num_return_sequences`` times; a list of them per prompt.
 
     Sequence j of prompt i draws from the seed :func:`sequence_seed` (seed, i · n + j), whatever
-    else runs beside it. A prompt is read once and its session forked for the others. ``on_done``
-    is called with (i, j, completion) as soon as a text has ended.
+    else runs beside it. ``on_done`` is called with (i, j, completion) as soon as a text has ended.
     """
     n = params.num_return_sequences
     first_seed = new_seed() if params.seed is None else params.seed
     waiting = deque((i, j) for i in range(len(prompts)) for j in range(n))
-    read: dict[int, _core.Session] = {}  # prompts of which sequences are still to start
     live: dict[_core.Request, tuple[int, int]] = {}
     done: dict[tuple[int, int], Completion] = {}
     scheduler = _core.Scheduler(model)
     while waiting or live:
-        starting = [waiting.popleft() for _ in range(min(len(waiting), MAX_LIVE - len(live)))]
-        # The last sequence of a prompt takes the session that read it, the others copies.
-        unread = [i for i, j in starting if j == 0]
-        for i in unread:
-            read[i] = _core.Session(model, sequence_seed(first_seed, i * n + n - 1))
-        if n > 1:
-            _core.forward([read[i] for i in unread], [prompts[i] for i in unread])
-        for i, j in starting:
-            last = j == n - 1
-            session = read.pop(i) if last else read[i].fork(sequence_seed(first_seed, i * n + j))
+        for i, j in [waiting.popleft() for _ in range(min(len(waiting), MAX_LIVE - len(live)))]:
+            session = _core.Session(model, sequence_seed(first_seed, i * n + j))
             decoder = _core.StreamDecoder(model.tokenizer, at_start(model.tokenizer, prompts[i]))
-            prompt = prompts[i] if n == 1 else []
-            arguments = request_arguments(model, session, prompt, params, decoder, n_top)
+            arguments = request_arguments(model, session, prompts[i], params, decoder, n_top)
             request = _core.Request(*arguments)
             live[request] = i, j
             scheduler.submit(request)

@@ -165,16 +165,16 @@ class Model:
             raise ArgumentError(
                 f"num_return_sequences is {options.num_return_sequences}; stream makes one"
             )
-        tokens = self._tokens(prompts[0])
+        tokens = self._tokens(prompts[0], options)
         before = self._text(prompts[0]) if options.return_full_text else ""
         return self._stream(tokens, before, options)
 
     def _stream(self, tokens: list[int], before: str, options: SamplingParams) -> Iterator[str]:
         session = self.session(options.seed)
-        session.feed(tokens)
         if before:
             yield before
-        yield from session.generate(params=replace(options, seed=None, return_full_text=False))
+        options = replace(options, seed=None, return_full_text=False)
+        yield from session._generate(options, tokens)
 
     def logits(self, tokens: Prompt) -> npt.NDArray[np.float32]:
         """Scores of the next token after each of ``tokens``: float32 (n_tokens, vocab_size).
@@ -222,14 +222,15 @@ class Model:
         n_top: int | None = None,
         on_done: OnDone | None = None,
     ) -> list[list[Completion]]:
-        tokens = [self._tokens(prompt) for prompt in prompts]
+        tokens = [self._tokens(prompt, options) for prompt in prompts]
         return complete_prompts(self._core, tokens, options, n_top, on_done)
 
     def _text(self, prompt: Prompt) -> str:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)
 
-    def _tokens(self, prompt: Prompt) -> list[int]:
-        """The tokens of a prompt, checked: ids in the vocabulary, not empty, within the context."""
+    def _tokens(self, prompt: Prompt, options: SamplingParams | None = None) -> list[int]:
+        """The tokens of a prompt, checked: ids in the vocabulary, not empty, within the context
+        unless ``options`` say that it is to be cut."""
         if isinstance(prompt, str):
             bos = self._core.tokenizer.add_bos or not prompt
             tokens = self.tokenizer.encode(prompt, bos=bos)
@@ -239,7 +240,7 @@ class Model:
             tokens = checked_tokens(prompt, self.tokenizer.vocab_size)
         if not tokens:
             raise ArgumentError("the prompt has no tokens, and there is nothing else to start from")
-        if len(tokens) > self._max_seq_len:
+        if len(tokens) > self._max_seq_len and not (options and options.cuts_prompts):
             raise ContextFullError(
                 f"the prompt has {len(tokens)} tokens; the context holds {self._max_seq_len}"
             )

@@ -91,6 +91,16 @@ class SamplingParams:
     stop: str | Iterable[str] | None = _option(
         None, "end the text before this string, or the first of several"
     )
+    on_overflow: str = _option(
+        "stop",
+        "when the context is full: stop the text; shift, which drops half of it, the oldest but"
+        " for the first n_keep tokens, and goes on; truncate a prompt in that way so that"
+        " max_new_tokens fit, then stop; or raise an error",
+        choices=("stop", "shift", "truncate", "error"),
+    )
+    n_keep: int = _option(
+        1, "tokens at the beginning that shift and truncate never drop", kind=int, least=0
+    )
     seed: int | None = _option(
         None,
         "the same seed gives the same text on one kernel set; without one each run differs",
@@ -111,6 +121,11 @@ class SamplingParams:
             value = getattr(self, option.name)
             if "kind" in option.metadata and not (value is None and option.default is None):
                 keep(self, option.name, _checked(option.name, value, option.metadata))
+            if value not in option.metadata.get("choices", (value,)):
+                *most, last = option.metadata["choices"]
+                raise ArgumentError(
+                    f"{option.name} is {value!r}; it must be {', '.join(most)} or {last}"
+                )
         keep(self, "stop", _stop_strings(self.stop))
         keep(self, "logit_bias", _logit_bias(self.logit_bias))
         if self.seed is not None and self.seed >= 2**64:
@@ -124,6 +139,11 @@ class SamplingParams:
                 f"min_new_tokens ({self.min_new_tokens}) is above"
                 f" max_new_tokens ({self.max_new_tokens})"
             )
+
+    @property
+    def cuts_prompts(self) -> bool:
+        """Whether a prompt longer than the context is cut rather than refused."""
+        return self.on_overflow in ("shift", "truncate")
 
     def stop_strings(self) -> tuple[str, ...]:
         """``stop`` as a tuple, empty when there is none."""

@@ -92,19 +92,19 @@ class Scheduler:
         options = self.model._options(params, sampling)
         if deadline_ms is not None and not 0 <= deadline_ms < math.inf:
             raise ArgumentError(f"deadline_ms is {deadline_ms}; it must be 0 or more")
-        session = prompt_or_session
+        session, prompt = prompt_or_session, []
         if not isinstance(session, Session):
+            prompt = self.model._tokens(session, options)
             session = self.model.session(options.seed)
-            session.append(prompt_or_session)  # type: ignore[arg-type]
             options = replace(options, seed=None)
         refuse_options_of_models(options)
         request = Request(
             *request_arguments(
                 self.model._core,
                 session._core,
-                [],
+                prompt,
                 options,
-                session._text_decoder(),
+                session._text_decoder(prompt),
                 priority=as_int("priority", priority, -(2**31)),
                 deadline_ms=deadline_ms,
             )

@@ -102,13 +102,15 @@ class Session:
         """
         options = self.model._options(params, sampling)
         refuse_options_of_models(options)
-        return self._generate(options)
+        return self._generate(options, [])
 
-    def _generate(self, options: SamplingParams) -> Iterator[str]:
-        if not self._core.n_tokens:
-            self.feed("")
+    def _generate(self, options: SamplingParams, prompt: list[int]) -> Iterator[str]:
+        """Like :meth:`generate`, after ``prompt``."""
+        if not self._core.n_tokens and not prompt:
+            prompt = self.model._tokens("")
+        decoder = self._text_decoder(prompt)
         request = _core.Request(
-            *request_arguments(self.model._core, self._core, [], options, self._text_decoder())
+            *request_arguments(self.model._core, self._core, prompt, options, decoder)
         )
         self.finish_reason = None
         yield from stream_pieces(self.model._core, request)
@@ -124,9 +126,17 @@ class Session:
         """A second timeline with the same past, which draws from ``seed``, or fresh entropy."""
         return Session(self.model, self._core.fork(checked_seed(seed)))
 
-    def _text_decoder(self) -> _core.StreamDecoder:
-        if self._decoder is None:
-            self._decoder = _core.StreamDecoder(self.model.tokenizer._core, self._at_start())
+    def drop_cache(self) -> None:
+        """Give back the memory that the model's reading took, but for the tokens: for a character
+        that rests. All is read again when it goes on, and is as it was."""
+        self._core.drop_cache()
+
+    def _text_decoder(self, prompt: list[int]) -> _core.StreamDecoder:
+        """What shows text drawn after ``prompt``."""
+        if self._decoder is None or prompt:
+            tokenizer = self.model.tokenizer._core
+            beginning = self._at_start() and at_start(tokenizer, prompt)
+            self._decoder = _core.StreamDecoder(tokenizer, beginning)
         return self._decoder
 
     def _at_start(self) -> bool:

@@ -84,6 +84,10 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
                 action=argparse.BooleanOptionalAction,
                 help="print the prompt before its continuation (default: yes, but not with --json)",
             )
+        elif "choices" in option.metadata:
+            choices = option.metadata["choices"]
+            text += f" (default: {option.default})"
+            group.add_argument(flag, choices=choices, default=option.default, help=text)
         else:
             kind = option.metadata["kind"]
             if option.default is not None:
