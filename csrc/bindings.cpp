@@ -18,6 +18,7 @@
 #include "kv_cache.h"
 #include "model.h"
 #include "parallel.h"
+#include "save.h"
 #include "scheduler.h"
 #include "session.h"
 
@@ -227,7 +228,18 @@ void bind_model(py::module_& m) {
         .def_property_readonly("info", &info_dict);
 }
 
+py::tuple restore_blob(const std::shared_ptr<Model>& model, const py::buffer& blob) {
+    const py::buffer_info info = blob.request();
+    const auto size = static_cast<std::size_t>(info.size * info.itemsize);
+    const Restored restored = restore(model, {static_cast<const std::uint8_t*>(info.ptr), size});
+    py::object decoder = py::none(), request = py::none();
+    if (restored.decoder) decoder = py::cast(std::make_shared<StreamDecoder>(*restored.decoder));
+    if (restored.request) request = py::cast(*restored.request);
+    return py::make_tuple(restored.session, decoder, request);
+}
+
 void bind_session(py::module_& m) {
+    py::class_<RequestState>(m, "RequestState");
     py::class_<Session, std::shared_ptr<Session>>(m, "Session")
         .def(py::init([](const std::shared_ptr<Model>& model, std::uint64_t seed) {
                  return std::make_shared<Session>(model, seed);
@@ -252,6 +264,13 @@ void bind_session(py::module_& m) {
              py::call_guard<py::gil_scoped_release>())
         .def("fork", &Session::fork, py::arg("seed"), py::call_guard<py::gil_scoped_release>());
 
+    m.def(
+        "save",
+        [](Session& session, const StreamDecoder* decoder, bool cache) {
+            return py::bytes(save(session, decoder, cache));
+        },
+        py::arg("session"), py::arg("decoder"), py::arg("cache"));
+    m.def("restore", &restore_blob, py::arg("model"), py::arg("blob"));
     m.def("forward", &feed_sessions, py::arg("sessions"), py::arg("tokens"),
           py::arg("all_logits") = false);
     m.def(
@@ -378,6 +397,12 @@ void bind_scheduler(py::module_& m) {
              py::arg("end_tokens") = Tokens(), py::arg("stops") = std::vector<std::string>(),
              py::arg("on_overflow") = "stop", py::arg("n_keep") = 1, py::arg("n_top") = py::none(),
              py::arg("priority") = 0, py::arg("deadline_ms") = py::none(), py::keep_alive<1, 4>())
+        .def(py::init<std::shared_ptr<Session>, const RequestState&>(), py::arg("session"),
+             py::arg("state"))
+        .def(
+            "save", [](const Request& self, bool cache) { return py::bytes(save(self, cache)); },
+            py::arg("cache") = false)
+        .def_property_readonly("decoder", &Request::decoder)
         .def_property_readonly("text", &Request::text)
         .def_property_readonly("tokens", &Request::tokens)
         .def_property_readonly("logprobs", &logprobs_of)

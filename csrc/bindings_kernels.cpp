@@ -13,6 +13,7 @@
 
 #include "bindings.h"
 #include "gguf.h"
+#include "hash.h"
 #include "kernels/cpu.h"
 #include "kv_cache.h"
 #include "packing.h"
@@ -249,6 +250,12 @@ py::array_t<float> kernel_attend(const std::string& isa, const std::string& kv_d
 }  // namespace
 
 void bind_kernels(py::module_& m) {
+    m.def(
+        "hash64",
+        [](const std::string& data, std::uint64_t seed) {
+            return hash64({reinterpret_cast<const std::uint8_t*>(data.data()), data.size()}, seed);
+        },
+        py::arg("data"), py::arg("seed") = 0);
     m.def("kernel_matmul", &kernel_matmul, py::arg("isa"), py::arg("dtype"), py::arg("weights"),
           py::arg("rows"), py::arg("cols"), py::arg("x"), py::arg("begin") = 0, py::arg("end") = -1,
           py::arg("add") = false);

@@ -98,10 +98,14 @@ public:
     // when either cache is rewound and written within them; the rest of a block is copied now.
     KvCache share(std::int32_t n_positions);
 
+    // The bytes of a block, and one more that is a copy of such bytes: they fit caches of the same
+    // layout only.
+    const std::uint8_t* block(std::size_t i) const { return pointers_[i]; }
+    void append_copy(const std::uint8_t* data);
+
 private:
     void shrink(std::size_t n_blocks);
     void grow(std::size_t n_blocks);
-    void append_copy(const std::uint8_t* data);
 
     std::shared_ptr<KvPool> pool_;
     std::vector<KvPool::Block*> blocks_;

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "forward.h"
+#include "hash.h"
 #include "kernels/cpu.h"
 #include "parallel.h"
 
@@ -39,6 +40,41 @@ std::vector<double> frequencies_of(const Config& config) {
                          static_cast<double>(config.rope_factors[i]));
     }
     return result;
+}
+
+// What decides what a model says. The order of tensors does not, nor how long a context may be.
+std::uint64_t hash_of(const GgufFile& file, const Config& config, Threads& threads) {
+    Hasher hasher;
+    for (const std::int32_t value :
+         {config.dim, config.hidden_units, config.n_layers, config.n_heads, config.n_kv_heads,
+          config.head_dim, config.vocab_size})
+        hasher.add_number(value);
+    hasher.add_number(config.rope_theta);
+    hasher.add_number(config.norm_eps);
+    for (const float factor : config.rope_factors)
+        hasher.add_number(factor);
+    constexpr std::uint64_t part = std::uint64_t{1} << 20;
+    std::uint64_t sum = 0;
+    for (const GgufTensor& tensor : file.tensors()) {
+        std::vector<std::uint64_t> parts(static_cast<std::size_t>(tensor.bytes.size / part + 1));
+        const auto n_parts = static_cast<std::int64_t>(parts.size());
+        const int n_threads = n_parts < 4 ? 1 : threads.size();
+        threads.parallel_for(n_threads, n_parts, [&](std::int64_t begin, std::int64_t end) {
+            for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
+                const std::size_t first = i * part;
+                const std::size_t size = std::min<std::size_t>(part, tensor.bytes.size - first);
+                parts[i] = hash64({tensor.bytes.data + first, size});
+            }
+        });
+        Hasher one;
+        one.add(tensor.name);
+        one.add_number(static_cast<std::uint32_t>(tensor.dtype));
+        for (const std::uint64_t hash : parts)
+            one.add_number(hash);
+        sum += one.result();
+    }
+    hasher.add_number(sum);
+    return hasher.result();
 }
 
 }  // namespace
@@ -77,7 +113,8 @@ Model::Model(const std::string& name, const GgufFile& file, const Config& config
       n_threads_alone_(n_threads),
       kv_pool_(std::make_shared<KvPool>(
           KvLayout{config.n_layers, config.n_kv_heads, config.head_dim, kv_type})),
-      rope_frequencies_(frequencies_of(config)) {
+      rope_frequencies_(frequencies_of(config)),
+      hash_(hash_of(file, config, threads_)) {
     if (tokenizer_.vocab_size() != config_.vocab_size) {
         throw Error(Status::format_error,
                     name_ + ": the tokenizer has " + std::to_string(tokenizer_.vocab_size()) +

@@ -48,6 +48,10 @@ public:
     // The angle by which pair i of a head turns per position, (head_dim / 2).
     const std::vector<double>& rope_frequencies() const { return rope_frequencies_; }
 
+    // Of hyperparameters and weights as in the file: the same on every machine. The tokenizer has
+    // its own.
+    std::uint64_t hash() const { return hash_; }
+
     // A forward pass with its memory, lent until returned.
     std::unique_ptr<Pass> borrow_pass() const;
     void return_pass(std::unique_ptr<Pass> pass) const;
@@ -66,6 +70,7 @@ private:
     int n_threads_alone_;
     std::shared_ptr<KvPool> kv_pool_;
     std::vector<double> rope_frequencies_;
+    std::uint64_t hash_;
     mutable std::mutex mutex_;
     mutable std::vector<std::unique_ptr<Pass>> passes_;
 };

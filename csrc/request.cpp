@@ -21,19 +21,75 @@ Request::Request(std::shared_ptr<Session> session, const std::vector<std::int32_
                  Limits limits, std::optional<std::int32_t> n_top, Urgency urgency)
     : session_(std::move(session)),
       decoder_(std::move(decoder)),
+      first_decoder_(*decoder_),
       params_(params),
       limits_(std::move(limits)),
       n_top_(n_top),
       urgency_(urgency) {
-    validate(params_, session_->model().config().vocab_size);
+    prepare();
     append_prompt(prompt);
-    params_.n_prompt_tokens = session_->n_tokens();
+    params_.n_prompt_tokens = early_params_.n_prompt_tokens = session_->n_tokens();
     if (params_.n_prompt_tokens == 0)
         throw Error(Status::invalid_argument, "there is nothing to continue: the session is empty");
+    if (make_room() && limits_.max_new_tokens.value_or(1) <= 0) end(Ending::length);
+}
+
+// Checks the options, and derives what follows from them.
+void Request::prepare() {
     early_params_ = params_;
     early_params_.banned.insert(early_params_.banned.end(), limits_.end_tokens.begin(),
                                 limits_.end_tokens.end());
-    if (make_room() && limits_.max_new_tokens.value_or(1) <= 0) end(Ending::length);
+    const Config& config = session_->model().config();
+    validate(early_params_, config.vocab_size);
+    const bool cuts =
+        limits_.on_overflow == Overflow::shift || limits_.on_overflow == Overflow::truncate;
+    if (cuts && (limits_.n_keep < 0 || limits_.n_keep > config.max_seq_len - 2))
+        throw Error(Status::invalid_argument,
+                    "n_keep is " + std::to_string(limits_.n_keep) + "; with a context of " +
+                        std::to_string(config.max_seq_len) + " it must be in [0, " +
+                        std::to_string(config.max_seq_len - 2) + "]");
+}
+
+RequestState Request::state() const {
+    RequestState state;
+    state.params = params_;
+    state.limits = limits_;
+    state.priority = urgency_.priority;
+    if (urgency_.deadline != Clock::time_point::max())
+        state.time_left = urgency_.deadline - Clock::now();
+    state.pending = first_decoder_.pending();
+    state.at_start = first_decoder_.at_start();
+    state.tokens = tokens_;
+    state.n_taken = n_taken_;
+    state.ending = ending_;
+    state.paused = paused();
+    return state;
+}
+
+Request::Request(std::shared_ptr<Session> session, const RequestState& state)
+    : session_(std::move(session)),
+      decoder_(std::make_shared<StreamDecoder>(session_->model().tokenizer(), state.at_start,
+                                               state.pending)),
+      first_decoder_(*decoder_),
+      params_(state.params),
+      limits_(state.limits),
+      tokens_(state.tokens) {
+    prepare();
+    urgency_.priority = state.priority;
+    if (state.time_left)
+        urgency_.deadline =
+            Clock::now() + std::chrono::duration_cast<Clock::duration>(*state.time_left);
+    for (const std::int32_t token : tokens_) {
+        if (ending_ == Ending::none) append(decoder_->push(token));
+    }
+    if (ending_ == Ending::none && state.ending != Ending::none) {
+        if (state.ending == Ending::stop) append(decoder_->finish());
+        end(state.ending);
+    }
+    if (state.n_taken > n_certain_ || ending_ != state.ending || session_->n_tokens() == 0)
+        throw Error(Status::invalid_argument, "the state of the request contradicts itself");
+    n_taken_ = state.n_taken;
+    if (state.paused) pause();
 }
 
 void Request::append_prompt(const std::vector<std::int32_t>& prompt) {
@@ -44,11 +100,6 @@ void Request::append_prompt(const std::vector<std::int32_t>& prompt) {
     }
     const std::int64_t context = session_->model().config().max_seq_len;
     const std::int64_t n_keep = limits_.n_keep;
-    if (n_keep < 0 || n_keep > context - 2)
-        throw Error(Status::invalid_argument, "n_keep is " + std::to_string(n_keep) +
-                                                  "; with a context of " + std::to_string(context) +
-                                                  " it must be in [0, " +
-                                                  std::to_string(context - 2) + "]");
     const std::int64_t half = n_keep + (context - n_keep) / 2;
     std::int64_t n_most = half;
     if (policy == Overflow::truncate && limits_.max_new_tokens)

@@ -54,6 +54,20 @@ struct TokenLogprob {
 
 enum class Ending : std::uint8_t { none, stop, length, cancelled, deadline, error };
 
+// All there is to a request beside its session; what its tokens made is found by decoding them.
+struct RequestState {
+    SamplingParams params;
+    Limits limits;
+    std::int32_t priority = 0;
+    std::optional<Seconds> time_left;  // to the deadline
+    std::string pending;               // of the decoder when it began, and
+    bool at_start = false;             // whether the text was at its start
+    std::vector<std::int32_t> tokens;  // drawn
+    std::size_t n_taken = 0;           // bytes of the text that were taken
+    Ending ending = Ending::none;
+    bool paused = false;
+};
+
 // One text being continued: a session, and what was made of it. cancel(), pause() and resume() may
 // be called by any thread; the rest by the one that steps.
 class Request {
@@ -64,6 +78,13 @@ public:
     Request(std::shared_ptr<Session> session, const std::vector<std::int32_t>& prompt,
             std::shared_ptr<StreamDecoder> decoder, const SamplingParams& params, Limits limits,
             std::optional<std::int32_t> n_top = std::nullopt, Urgency urgency = {});
+
+    // One that goes on where another was when its state was taken, log-probabilities left out. The
+    // session is as it was, too. Throws Error(invalid_argument) for a state that no request has.
+    Request(std::shared_ptr<Session> session, const RequestState& state);
+    RequestState state() const;
+    Session& session() const { return *session_; }
+    const std::shared_ptr<StreamDecoder>& decoder() const { return decoder_; }
 
     // The scheduler acts on these before its next piece of work. A paused request keeps its place;
     // what was half read of it is read again.
@@ -89,6 +110,7 @@ private:
     enum class Wish : std::uint8_t { run, pause, end };
 
     Draw next_draw() const;
+    void prepare();
     void append_prompt(const std::vector<std::int32_t>& prompt);
     bool make_room();
     void accept(std::int32_t token);
@@ -97,6 +119,7 @@ private:
 
     std::shared_ptr<Session> session_;
     std::shared_ptr<StreamDecoder> decoder_;
+    StreamDecoder first_decoder_;  // as it was before the first token
     SamplingParams params_;
     SamplingParams early_params_;  // of the first min_new_tokens
     Limits limits_;

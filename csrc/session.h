@@ -61,6 +61,7 @@ public:
     std::shared_ptr<Session> fork(std::uint64_t seed);
 
 private:
+    friend class SavedSession;
     friend class SessionLock;
     friend class FeedTransaction;
     friend class Scheduler;

@@ -8,6 +8,7 @@
 
 #include "byte_reader.h"
 #include "gguf.h"
+#include "hash.h"
 #include "status.h"
 #include "utf8.h"
 
@@ -55,6 +56,20 @@ Tokenizer::Tokenizer(const GgufFile& file) {
     read_special(file);
     index_pieces(file);
     index_characters();
+}
+
+std::uint64_t Tokenizer::hash() const {
+    Hasher hasher;
+    for (std::size_t i = 0; i < pieces_.size(); ++i) {
+        hasher.add(pieces_[i]);
+        hasher.add_number(scores_[i]);
+        hasher.add_number(static_cast<std::uint8_t>(types_[i]));
+    }
+    for (const std::int32_t id : {bos_id_, eos_id_, unk_id_})
+        hasher.add_number(id);
+    for (const bool rule : {add_bos_, add_space_prefix_, remove_extra_whitespaces_})
+        hasher.add_number(static_cast<std::uint8_t>(rule));
+    return hasher.result();
 }
 
 void Tokenizer::read_pieces(const GgufFile& file) {

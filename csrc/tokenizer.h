@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 namespace tinyllama {
@@ -28,6 +29,8 @@ public:
     std::int32_t eos_id() const { return eos_id_; }
     std::int32_t unk_id() const { return unk_id_; }
     bool add_bos() const { return add_bos_; }
+    // The same for the same vocabulary and rules, wherever they were read from.
+    std::uint64_t hash() const;
 
     // UTF-8 text to tokens, as sentencepiece's BPE does it: O(n log n). Malformed bytes become
     // U+FFFD. Control tokens (<s>, </s>) are never produced from text; bos and eos ask for them
@@ -100,8 +103,11 @@ private:
 // Joins tokens into text piece by piece, holding back bytes until they make a whole character.
 class StreamDecoder {
 public:
-    StreamDecoder(const Tokenizer& tokenizer, bool at_start)
-        : tokenizer_(&tokenizer), at_start_(at_start) {}
+    // `pending`: the first bytes of a character cut in two, if the text ends with some.
+    StreamDecoder(const Tokenizer& tokenizer, bool at_start, std::string pending = {})
+        : tokenizer_(&tokenizer), at_start_(at_start), pending_(std::move(pending)) {}
+    bool at_start() const { return at_start_; }
+    const std::string& pending() const { return pending_; }
     // What became certain with this token: whole UTF-8 characters, possibly none. Malformed bytes
     // come out as U+FFFD, exactly as decoding the whole text with replacement would give (one for
     // each longest part of a character, the policy of the Unicode standard and of Python).

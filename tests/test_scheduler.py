@@ -178,61 +178,6 @@ def test_a_text_under_budgets_is_the_text_alone(stories):
     assert scheduler.stats()["tokens_drawn"] == 60
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_random_schedules(stories, seed):
-    """Whatever is done to the texts and beside them, each is what it is alone."""
-    rng = np.random.default_rng(seed)
-    scheduler = stories.scheduler(max_sessions=int(rng.integers(1, 6)))
-    expected, live, done = {}, [], []
-
-    def submit(session, prompt, request_seed, n):
-        request = scheduler.submit(session, params=STORY, max_new_tokens=n)
-        expected[request] = told_alone(stories, prompt, request_seed, n)
-        live.append(request)
-
-    for i in range(60):
-        event = rng.integers(8)
-        if event == 0 and len(live) < 8:
-            prompt = rng.integers(3, 290, rng.integers(1, 40)).tolist()
-            session = stories.session(seed=i)
-            session.append(prompt)
-            submit(session, prompt, i, int(rng.integers(1, 12)))
-        elif event == 1 and live:
-            session = live[rng.integers(len(live))].session.fork(seed=i)
-            submit(session, session.tokens, i, int(rng.integers(1, 6)))
-        elif event == 2 and live:
-            request = live.pop(rng.integers(len(live)))
-            request.cancel()
-            expected.pop(request)
-            scheduler.step(0)
-            assert request.finish_reason in {"cancelled", "length"}
-            if request.finish_reason == "cancelled":  # its session is free, and as it should be
-                request.session.rewind(int(rng.integers(1, request.session.n_tokens + 1)))
-                tokens = request.session.tokens
-                assert (
-                    request.session._core.logits().tobytes() == stories.logits(tokens)[-1].tobytes()
-                )
-        elif event == 3 and live:
-            live[rng.integers(len(live))].pause()
-        elif event == 4 and live:
-            # Looking at the logits takes the session out of the pass for a moment.
-            live[rng.integers(len(live))].session._core.logits()
-        elif event == 5:
-            for request in live:
-                request.resume()
-        for step in scheduler.step(float(rng.choice([0, 0.01, 0.05, 0.3]))):
-            if step.done and step.request in live:
-                live.remove(step.request)
-                done.append(step.request)
-    for request in live:
-        request.resume()
-    while scheduler.stats()["n_live"]:
-        done += [step.request for step in scheduler.step() if step.done]
-    for request, alone in expected.items():
-        assert request in done
-        assert told(request) == alone
-
-
 def test_budget_0_only_delivers(stories):
     scheduler = stories.scheduler()
     request = scheduler.submit([1, 5, 6], params=STORY, max_new_tokens=3)

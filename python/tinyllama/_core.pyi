@@ -1,7 +1,7 @@
 """The compiled core. Thin: conversion, error mapping, and the release of the GIL; no logic."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -104,12 +104,20 @@ class Session:
     def fork(self, seed: int) -> Session:
         """A copy with the same past and a random state of its own."""
 
+class RequestState:
+    """What a saved request was, for Request(session, state)."""
+
+def save(session: Session, decoder: StreamDecoder | None, cache: bool) -> bytes: ...
+def restore(model: Model, blob: bytes) -> tuple[Session, StreamDecoder | None, RequestState | None]:
+    """FormatError with the reason for other bytes; see Model.restore in model.py."""
+
 class Request:
     """One text being continued: a session, to which ``prompt`` is appended now, and what is made of
     it. ``stops`` are UTF-8; with ``n_top``, log-probabilities are kept (0: of the drawn tokens
     alone). ``deadline_ms`` counts from now. ArgumentError for a token that does not exist, nothing
     to continue, or wrong params, ContextFullError, BusyError."""
 
+    @overload
     def __init__(
         self,
         session: Session,
@@ -126,6 +134,11 @@ class Request:
         priority: int = ...,
         deadline_ms: float | None = ...,
     ) -> None: ...
+    @overload
+    def __init__(self, session: Session, state: RequestState) -> None: ...
+    def save(self, cache: bool = ...) -> bytes: ...
+    @property
+    def decoder(self) -> StreamDecoder: ...
     @property
     def text(self) -> str:
         """What is certain of it: what may become a stop string is held back."""
@@ -224,6 +237,9 @@ def kernel_matmul(
     """One kernel on its own, for tests: x (n_tokens, cols) -> (n_tokens, rows up to a multiple of
     16), of which panels [begin, end) of 16 are computed. What is not written is NaN; with add, the
     products are added to 1."""
+
+def hash64(data: bytes, seed: int = ...) -> int:
+    """XXH64, for tests."""
 
 def kernel_unpack(
     isa: str, dtype: str, weights: npt.NDArray[Any], rows: int, cols: int

@@ -195,6 +195,27 @@ class Model:
         """A new, empty timeline, which draws from ``seed``, or from fresh entropy."""
         return Session(self, _core.Session(self._core, checked_seed(seed)))
 
+    def restore(self, blob: bytes) -> Session:
+        """The session that :meth:`Session.save` or :meth:`Request.save` saved: what it makes from
+        there is bit for bit what the other would have made, on the same kernel set.
+
+        Raises FormatError with the reason for bytes that are damaged, of another version of the
+        format, or saved with another model or tokenizer; ContextFullError where this model was
+        opened with too short a context.
+        """
+        session, decoder, request = self._restore(blob)
+        if request is not None:
+            decoder = _core.Request(session, request).decoder
+        return Session(self, session, decoder)
+
+    def _restore(
+        self, blob: bytes
+    ) -> tuple[_core.Session, _core.StreamDecoder | None, _core.RequestState | None]:
+        try:
+            return _core.restore(self._core, blob)
+        except TypeError:
+            raise ArgumentError(f"blob is {type(blob).__name__}; it must be bytes") from None
+
     def scheduler(self, max_sessions: int = 64, reserve_tokens: int = 0) -> Scheduler:
         """A :class:`Scheduler`, which continues up to ``max_sessions`` texts together under a time
         budget.

@@ -34,6 +34,12 @@ class Request(_core.Request):
     def __repr__(self) -> str:
         return f"<tinyllama.Request: {len(self.tokens)} tokens, {self.finish_reason or 'live'}>"
 
+    def save(self, cache: bool = False) -> bytes:
+        """Like :meth:`Session.save`, with all that the request still has to do: the options, what
+        was drawn, how long to the deadline. For :meth:`Scheduler.restore`. Raises ArgumentError for
+        one that ended with an error."""
+        return super().save(cache)
+
     @property
     def done(self) -> bool:
         """Whether it has ended."""
@@ -109,10 +115,22 @@ class Scheduler:
                 deadline_ms=deadline_ms,
             )
         )
+        return self._submit(request, session)
+
+    def _submit(self, request: Request, session: Session) -> Request:
         request.session = session
         self._core.submit(request)
         self._live.add(request)
         return request
+
+    def restore(self, blob: bytes) -> Request:
+        """Queue a request that :meth:`Request.save` saved: it goes on where it was, as it would
+        have. Raises what :meth:`Model.restore` does, and ArgumentError for a saved session."""
+        core, _, state = self.model._restore(blob)
+        if state is None:
+            raise ArgumentError("a session was saved, not a request: submit(model.restore(blob))")
+        request = Request(core, state)
+        return self._submit(request, Session(self.model, core, request.decoder))
 
     def step(self, budget_ms: float | None = None) -> list[_core.Event]:
         """Work for at most ``budget_ms``, and return what came of it, one event per request.

@@ -32,11 +32,13 @@ class Session:
     ``finish_reason``: why the last :meth:`generate` ended ("stop" or "length"), None before.
     """
 
-    def __init__(self, model: Model, core: _core.Session) -> None:
+    def __init__(
+        self, model: Model, core: _core.Session, decoder: _core.StreamDecoder | None = None
+    ) -> None:
         self.model = model
         self.finish_reason: str | None = None
         self._core = core
-        self._decoder: _core.StreamDecoder | None = None  # holds bytes of a character cut in two
+        self._decoder = decoder  # holds bytes of a character cut in two
 
     def __repr__(self) -> str:
         return f"<tinyllama.Session: {self.n_tokens} tokens, room for {self.room}>"
@@ -125,6 +127,13 @@ class Session:
     def fork(self, seed: int | None = None) -> Session:
         """A second timeline with the same past, which draws from ``seed``, or fresh entropy."""
         return Session(self.model, self._core.fork(checked_seed(seed)))
+
+    def save(self, cache: bool = False) -> bytes:
+        """Its tokens and its random state, to be restored by :meth:`Model.restore`, in another
+        process or on another machine: two bytes per token, and about a hundred. With ``cache``
+        also what the model's reading made, so that no token is read again; this takes
+        ``model.info()["kv_bytes_per_token"]`` more for each."""
+        return _core.save(self._core, self._decoder, cache)
 
     def drop_cache(self) -> None:
         """Give back the memory that the model's reading took, but for the tokens: for a character
