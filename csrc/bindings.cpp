@@ -5,11 +5,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <chrono>
 #include <memory>
 #include <optional>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -18,8 +16,6 @@
 #include "kv_cache.h"
 #include "model.h"
 #include "parallel.h"
-#include "save.h"
-#include "scheduler.h"
 #include "session.h"
 
 namespace py = pybind11;
@@ -59,25 +55,6 @@ void translate_error(std::exception_ptr pointer) {
         PyErr_SetString(errors.attr(error_class(error.code())).ptr(), error.what());
     }
 }
-
-// Lets Ctrl-C through: called with the GIL released, between pieces of native work. The GIL may be
-// long in coming where other threads run Python, so it is asked for now and then only.
-class SignalCheck {
-public:
-    void operator()() {
-        if (Clock::now() < next_) return;
-        {
-            const py::gil_scoped_acquire gil;
-            if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-        }
-        next_ = Clock::now() + interval;
-    }
-
-private:
-    using Clock = std::chrono::steady_clock;
-    static constexpr std::chrono::milliseconds interval{50};
-    Clock::time_point next_ = Clock::now() + interval;
-};
 
 std::shared_ptr<const Model> open_model(const py::object& path, const py::object& data,
                                         std::string name, int n_threads, const std::string& isa,
@@ -228,18 +205,7 @@ void bind_model(py::module_& m) {
         .def_property_readonly("info", &info_dict);
 }
 
-py::tuple restore_blob(const std::shared_ptr<Model>& model, const py::buffer& blob) {
-    const py::buffer_info info = blob.request();
-    const auto size = static_cast<std::size_t>(info.size * info.itemsize);
-    const Restored restored = restore(model, {static_cast<const std::uint8_t*>(info.ptr), size});
-    py::object decoder = py::none(), request = py::none();
-    if (restored.decoder) decoder = py::cast(std::make_shared<StreamDecoder>(*restored.decoder));
-    if (restored.request) request = py::cast(*restored.request);
-    return py::make_tuple(restored.session, decoder, request);
-}
-
 void bind_session(py::module_& m) {
-    py::class_<RequestState>(m, "RequestState");
     py::class_<Session, std::shared_ptr<Session>>(m, "Session")
         .def(py::init([](const std::shared_ptr<Model>& model, std::uint64_t seed) {
                  return std::make_shared<Session>(model, seed);
@@ -264,13 +230,6 @@ void bind_session(py::module_& m) {
              py::call_guard<py::gil_scoped_release>())
         .def("fork", &Session::fork, py::arg("seed"), py::call_guard<py::gil_scoped_release>());
 
-    m.def(
-        "save",
-        [](Session& session, const StreamDecoder* decoder, bool cache) {
-            return py::bytes(save(session, decoder, cache));
-        },
-        py::arg("session"), py::arg("decoder"), py::arg("cache"));
-    m.def("restore", &restore_blob, py::arg("model"), py::arg("blob"));
     m.def("forward", &feed_sessions, py::arg("sessions"), py::arg("tokens"),
           py::arg("all_logits") = false);
     m.def(
@@ -285,173 +244,13 @@ void bind_session(py::module_& m) {
     m.def("top_logprobs", &Session::top_log_probabilities, py::arg("session"), py::arg("n"),
           py::call_guard<py::gil_scoped_release>());
     m.def("score", &score_tokens, py::arg("session"), py::arg("tokens"));
+    m.def(
+        "score_ways",
+        [](Session& session, const std::vector<Tokens>& ways) {
+            return score_ways(session, ways, SignalCheck());
+        },
+        py::arg("session"), py::arg("ways"), py::call_guard<py::gil_scoped_release>());
     m.def("trace", &trace_session, py::arg("session"), py::arg("tokens"), py::arg("tap"));
-}
-
-py::list logprobs_of(const Request& request) {
-    py::list result;
-    for (const TokenLogprob& step : request.logprobs())
-        result.append(py::make_tuple(step.token, step.logprob, step.top));
-    return result;
-}
-
-std::optional<const char*> ending_name(Ending ending) {
-    switch (ending) {
-        case Ending::none:
-            return std::nullopt;
-        case Ending::stop:
-            return "stop";
-        case Ending::length:
-            return "length";
-        case Ending::cancelled:
-            return "cancelled";
-        case Ending::deadline:
-            return "deadline";
-        default:
-            return "error";
-    }
-}
-
-py::dict stats_dict(Scheduler& scheduler) {
-    const Scheduler::Stats stats = scheduler.stats();
-    py::dict result;
-    result["n_live"] = stats.n_live;
-    result["n_waiting"] = stats.n_waiting;
-    result["tokens_read"] = stats.n_read;
-    result["tokens_shared"] = stats.n_shared;
-    result["tokens_drawn"] = stats.n_drawn;
-    result["kv_bytes"] = stats.kv_bytes;
-    result["pieces"] = stats.n_pieces;
-    result["spent_ms"] = 1e3 * stats.spent.count();
-    result["next_piece_ms"] = 1e3 * stats.next_piece.count();
-    return result;
-}
-
-// What a step did for one request: the Python object, which a subclass may have made.
-struct RequestEvent {
-    py::object request;
-    std::string text;
-    Tokens tokens;
-    bool done = false;
-};
-
-// One for each request, in the order in which something first became of it.
-std::vector<RequestEvent> by_request(const std::vector<Event>& events) {
-    std::vector<RequestEvent> result;
-    std::unordered_map<const Request*, std::size_t> places;
-    for (const Event& event : events) {
-        const auto [place, is_new] = places.try_emplace(event.request.get(), result.size());
-        if (is_new)
-            result.push_back(
-                {py::cast(event.request), std::string(event.request->take_text()), {}, false});
-        RequestEvent& mine = result[place->second];
-        if (event.token >= 0) {
-            mine.tokens.push_back(event.token);
-        } else {
-            mine.done = true;
-        }
-    }
-    return result;
-}
-
-Overflow find_overflow(const std::string& name) {
-    if (name == "stop") return Overflow::stop;
-    if (name == "shift") return Overflow::shift;
-    if (name == "truncate") return Overflow::truncate;
-    if (name == "error") return Overflow::error;
-    throw Error(Status::invalid_argument,
-                "on_overflow is '" + name + "'; it must be stop, shift, truncate or error");
-}
-
-Urgency urgency(std::int32_t priority, std::optional<double> deadline_ms) {
-    Urgency result{priority, Clock::time_point::max()};
-    constexpr double longest_ms = 1e12;  // thirty years; more is none
-    if (deadline_ms && *deadline_ms < longest_ms)
-        result.deadline =
-            Clock::now() + std::chrono::duration_cast<Clock::duration>(
-                               std::chrono::duration<double, std::milli>(*deadline_ms));
-    return result;
-}
-
-void bind_scheduler(py::module_& m) {
-    py::class_<Request, std::shared_ptr<Request>>(m, "Request")
-        .def(py::init([](std::shared_ptr<Session> session, Tokens prompt,
-                         std::shared_ptr<StreamDecoder> decoder, const SamplingParams& params,
-                         std::optional<std::int32_t> max_new_tokens, std::int32_t min_new_tokens,
-                         Tokens end_tokens, std::vector<std::string> stops,
-                         const std::string& on_overflow, std::int32_t n_keep,
-                         std::optional<std::int32_t> n_top, std::int32_t priority,
-                         std::optional<double> deadline_ms) {
-                 Limits limits{max_new_tokens,
-                               min_new_tokens,
-                               std::move(end_tokens),
-                               std::move(stops),
-                               find_overflow(on_overflow),
-                               n_keep};
-                 return std::make_shared<Request>(std::move(session), prompt, std::move(decoder),
-                                                  params, std::move(limits), n_top,
-                                                  urgency(priority, deadline_ms));
-             }),
-             py::arg("session"), py::arg("prompt"), py::arg("decoder"), py::arg("params"),
-             py::arg("max_new_tokens") = py::none(), py::arg("min_new_tokens") = 0,
-             py::arg("end_tokens") = Tokens(), py::arg("stops") = std::vector<std::string>(),
-             py::arg("on_overflow") = "stop", py::arg("n_keep") = 1, py::arg("n_top") = py::none(),
-             py::arg("priority") = 0, py::arg("deadline_ms") = py::none(), py::keep_alive<1, 4>())
-        .def(py::init<std::shared_ptr<Session>, const RequestState&>(), py::arg("session"),
-             py::arg("state"))
-        .def(
-            "save", [](const Request& self, bool cache) { return py::bytes(save(self, cache)); },
-            py::arg("cache") = false)
-        .def_property_readonly("decoder", &Request::decoder)
-        .def_property_readonly("text", &Request::text)
-        .def_property_readonly("tokens", &Request::tokens)
-        .def_property_readonly("logprobs", &logprobs_of)
-        .def_property_readonly("finish_reason",
-                               [](const Request& self) { return ending_name(self.ending()); })
-        .def_property_readonly("paused", &Request::paused)
-        .def("rethrow", &Request::rethrow)
-        .def("cancel", &Request::cancel)
-        .def("pause", &Request::pause)
-        .def("resume", &Request::resume);
-
-    py::class_<RequestEvent>(m, "Event")
-        .def_readonly("request", &RequestEvent::request)
-        .def_readonly("text", &RequestEvent::text)
-        .def_property_readonly(
-            "tokens", [](const RequestEvent& self) { return py::tuple(py::cast(self.tokens)); })
-        .def_readonly("done", &RequestEvent::done)
-        .def("__repr__", [](const RequestEvent& self) {
-            return "<tinyllama.Event: " + std::to_string(self.tokens.size()) + " tokens, " +
-                   (self.done ? "done" : "live") + ">";
-        });
-
-    py::class_<Scheduler>(m, "Scheduler")
-        .def(py::init<std::shared_ptr<Model>, std::int64_t, std::int64_t>(),
-             py::call_guard<py::gil_scoped_release>(), py::arg("model"), py::arg("max_live") = 64,
-             py::arg("n_positions") = 0)
-        .def("warm_up", &Scheduler::warm_up, py::call_guard<py::gil_scoped_release>())
-        .def("submit", &Scheduler::submit, py::arg("request"))
-        .def(
-            "step",
-            [](Scheduler& self, std::optional<double> budget_ms) {
-                std::vector<RequestEvent> result;
-                const auto deliver = [&](const std::vector<Event>& events) {
-                    const py::gil_scoped_acquire gil;
-                    result = by_request(events);
-                };
-                const py::gil_scoped_release release;
-                if (budget_ms) {
-                    self.step(Seconds(*budget_ms / 1e3), SignalCheck(), deliver);
-                } else {
-                    self.step(SignalCheck(), deliver);
-                }
-                return result;
-            },
-            py::arg("budget_ms") = py::none())
-        .def_property_readonly("stats", &stats_dict)
-        .def(
-            "run", [](Scheduler& self) { return self.run(SignalCheck()); },
-            py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace

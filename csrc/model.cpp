@@ -152,6 +152,12 @@ void Model::choose_threads_alone() {
     }
 }
 
+const TokenTrie& Model::token_trie() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (token_trie_ == nullptr) token_trie_ = std::make_unique<TokenTrie>(tokenizer_);
+    return *token_trie_;
+}
+
 std::unique_ptr<Pass> Model::borrow_pass() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (passes_.empty()) return std::make_unique<Pass>(*this);

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "config.h"
+#include "constraint.h"
 #include "file_bytes.h"
 #include "kernels/kernel_table.h"
 #include "kv_cache.h"
@@ -52,6 +53,9 @@ public:
     // its own.
     std::uint64_t hash() const { return hash_; }
 
+    // Made when it is first asked for.
+    const TokenTrie& token_trie() const;
+
     // A forward pass with its memory, lent until returned.
     std::unique_ptr<Pass> borrow_pass() const;
     void return_pass(std::unique_ptr<Pass> pass) const;
@@ -73,6 +77,7 @@ private:
     std::uint64_t hash_;
     mutable std::mutex mutex_;
     mutable std::vector<std::unique_ptr<Pass>> passes_;
+    mutable std::unique_ptr<TokenTrie> token_trie_;
 };
 
 }  // namespace tinyllama

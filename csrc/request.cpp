@@ -1,6 +1,7 @@
 #include "request.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace tinyllama {
 namespace {
@@ -18,24 +19,36 @@ std::size_t overlap(std::string_view text, std::string_view stop) {
 
 Request::Request(std::shared_ptr<Session> session, const std::vector<std::int32_t>& prompt,
                  std::shared_ptr<StreamDecoder> decoder, const SamplingParams& params,
-                 Limits limits, std::optional<std::int32_t> n_top, Urgency urgency)
+                 Limits limits, std::optional<std::int32_t> n_top, Urgency urgency, Form form,
+                 std::unique_ptr<Constraint> constraint)
     : session_(std::move(session)),
       decoder_(std::move(decoder)),
       first_decoder_(*decoder_),
       params_(params),
       limits_(std::move(limits)),
       n_top_(n_top),
-      urgency_(urgency) {
+      urgency_(urgency),
+      form_(std::move(form)),
+      constraint_(std::move(constraint)) {
     prepare();
     append_prompt(prompt);
     params_.n_prompt_tokens = early_params_.n_prompt_tokens = session_->n_tokens();
     if (params_.n_prompt_tokens == 0)
         throw Error(Status::invalid_argument, "there is nothing to continue: the session is empty");
     if (make_room() && limits_.max_new_tokens.value_or(1) <= 0) end(Ending::length);
+    constrain();
 }
 
 // Checks the options, and derives what follows from them.
 void Request::prepare() {
+    const Model& model = session_->model();
+    if (form_.kind == "choices") {
+        constraint_ = std::make_unique<Choices>(model.tokenizer(), model.token_trie(), form_.texts,
+                                                first_decoder_.at_start());
+    } else if (form_.kind.empty() != (constraint_ == nullptr)) {
+        throw Error(Status::invalid_argument,
+                    "a text of the form '" + form_.kind + "' needs its constraint");
+    }
     early_params_ = params_;
     early_params_.banned.insert(early_params_.banned.end(), limits_.end_tokens.begin(),
                                 limits_.end_tokens.end());
@@ -54,6 +67,7 @@ RequestState Request::state() const {
     RequestState state;
     state.params = params_;
     state.limits = limits_;
+    state.form = form_;
     state.priority = urgency_.priority;
     if (urgency_.deadline != Clock::time_point::max())
         state.time_left = urgency_.deadline - Clock::now();
@@ -66,26 +80,31 @@ RequestState Request::state() const {
     return state;
 }
 
-Request::Request(std::shared_ptr<Session> session, const RequestState& state)
+Request::Request(std::shared_ptr<Session> session, const RequestState& state,
+                 std::unique_ptr<Constraint> constraint)
     : session_(std::move(session)),
       decoder_(std::make_shared<StreamDecoder>(session_->model().tokenizer(), state.at_start,
                                                state.pending)),
       first_decoder_(*decoder_),
       params_(state.params),
       limits_(state.limits),
-      tokens_(state.tokens) {
+      form_(state.form),
+      constraint_(std::move(constraint)),
+      tokens_(state.tokens),
+      n_reported_(state.tokens.size()) {
     prepare();
     urgency_.priority = state.priority;
     if (state.time_left)
         urgency_.deadline =
             Clock::now() + std::chrono::duration_cast<Clock::duration>(*state.time_left);
     for (const std::int32_t token : tokens_) {
-        if (ending_ == Ending::none) append(decoder_->push(token));
+        if (ending_ != Ending::none) break;
+        if (constraint_ != nullptr) constraint_->accept(token);
+        append(decoder_->push(token));
     }
-    if (ending_ == Ending::none && state.ending != Ending::none) {
-        if (state.ending == Ending::stop) append(decoder_->finish());
-        end(state.ending);
-    }
+    if (ending_ == Ending::none && state.ending == Ending::stop) finish_text();
+    if (ending_ == Ending::none && state.ending != Ending::none) end(state.ending);
+    if (ending_ == Ending::none) constrain();
     if (state.n_taken > n_certain_ || ending_ != state.ending || session_->n_tokens() == 0)
         throw Error(Status::invalid_argument, "the state of the request contradicts itself");
     n_taken_ = state.n_taken;
@@ -149,14 +168,14 @@ std::string_view Request::take_text() {
 
 Draw Request::next_draw() const {
     const bool early = tokens_.size() < static_cast<std::size_t>(limits_.min_new_tokens);
-    return {session_.get(), early ? &early_params_ : &params_, decoder_.get()};
+    return {session_.get(), early ? &early_params_ : &params_, decoder_.get(),
+            constraint_ == nullptr ? nullptr : &allowed_.tokens};
 }
 
 void Request::accept(std::int32_t token) {
     const std::vector<std::int32_t>& ends = limits_.end_tokens;
     if (std::find(ends.begin(), ends.end(), token) != ends.end()) {
-        append(decoder_->finish());
-        end(Ending::stop);
+        finish_text();
         return;
     }
     if (!make_room()) return;  // somebody else has filled it
@@ -164,8 +183,14 @@ void Request::accept(std::int32_t token) {
         logprobs_.push_back(
             {token, session_->log_probability(token), session_->top_log_probabilities(*n_top_)});
     }
+    add(token);
+    constrain();
+}
+
+void Request::add(std::int32_t token) {
     tokens_.push_back(token);
     session_->append({token});
+    if (constraint_ != nullptr) constraint_->accept(token);
     append(decoder_->push(token));
     if (ending_ != Ending::none) return;
     // A character that the limit cuts in two is left out: half of it means nothing.
@@ -175,6 +200,47 @@ void Request::accept(std::int32_t token) {
     } else {
         make_room();
     }
+}
+
+// Adds what has to follow, and finds what may be drawn then. Where log-probabilities are asked for,
+// what has to follow is drawn, token by token: from one alone.
+void Request::constrain() {
+    if (constraint_ == nullptr || ending_ != Ending::none) return;
+    if (n_top_ && !forced_.empty()) forced_.erase(forced_.begin());  // it was drawn
+    while (forced_.empty()) {
+        forced_ = constraint_->find_forced();
+        if (forced_.empty() || n_top_) break;
+        for (const std::int32_t token : std::exchange(forced_, {})) {
+            add(token);
+            if (ending_ != Ending::none) return;
+        }
+    }
+    if (!forced_.empty()) {
+        allowed_ = {{forced_.front()}, false};
+        return;
+    }
+    constraint_->find_allowed(&allowed_);
+    std::vector<std::int32_t>& tokens = allowed_.tokens;
+    const auto& ends = limits_.end_tokens;
+    const auto is_wrong = [&](std::int32_t token) {
+        return token >= session_->model().config().vocab_size ||
+               std::find(ends.begin(), ends.end(), token) != ends.end();
+    };
+    tokens.erase(std::remove_if(tokens.begin(), tokens.end(), is_wrong), tokens.end());
+    if (tokens.empty() && allowed_.end) {
+        finish_text();
+        return;
+    }
+    if (tokens.empty())
+        throw Error(Status::invalid_argument, "no token can follow: the text cannot be completed");
+    if (!allowed_.end) return;
+    tokens.insert(tokens.end(), ends.begin(), ends.end());
+    std::sort(tokens.begin(), tokens.end());
+}
+
+void Request::finish_text() {
+    append(decoder_->finish());
+    end(Ending::stop);
 }
 
 // Ends the text before a stop string, or holds back what may become one.

@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "constraint.h"
 #include "costs.h"
 #include "sampler.h"
 #include "session.h"
@@ -38,6 +39,13 @@ struct Limits {
     std::int32_t n_keep = 1;
 };
 
+// What a text has to be: one of some choices, or what somebody else's constraint says, which was
+// made from these texts.
+struct Form {
+    std::string kind;  // "": anything; "choices"; else a name that the other knows
+    std::vector<std::string> texts;
+};
+
 // Who comes first where not all fit: higher priority, then the earlier deadline, then who has
 // waited longest. At its deadline a request ends.
 struct Urgency {
@@ -58,6 +66,7 @@ enum class Ending : std::uint8_t { none, stop, length, cancelled, deadline, erro
 struct RequestState {
     SamplingParams params;
     Limits limits;
+    Form form;
     std::int32_t priority = 0;
     std::optional<Seconds> time_left;  // to the deadline
     std::string pending;               // of the decoder when it began, and
@@ -73,15 +82,18 @@ struct RequestState {
 class Request {
 public:
     // Appends `prompt` to the session. `decoder` is the text so far. With n_top, every token's
-    // log-probability is kept, and those of the n_top likeliest. Throws what Session::append does,
-    // and Error(invalid_argument) for options out of range.
+    // log-probability is kept, and those of the n_top likeliest. `constraint` is needed for a form
+    // of another kind than choices. Throws what Session::append does, and Error(invalid_argument)
+    // for options out of range.
     Request(std::shared_ptr<Session> session, const std::vector<std::int32_t>& prompt,
             std::shared_ptr<StreamDecoder> decoder, const SamplingParams& params, Limits limits,
-            std::optional<std::int32_t> n_top = std::nullopt, Urgency urgency = {});
+            std::optional<std::int32_t> n_top = std::nullopt, Urgency urgency = {}, Form form = {},
+            std::unique_ptr<Constraint> constraint = nullptr);
 
     // One that goes on where another was when its state was taken, log-probabilities left out. The
     // session is as it was, too. Throws Error(invalid_argument) for a state that no request has.
-    Request(std::shared_ptr<Session> session, const RequestState& state);
+    Request(std::shared_ptr<Session> session, const RequestState& state,
+            std::unique_ptr<Constraint> constraint = nullptr);
     RequestState state() const;
     Session& session() const { return *session_; }
     const std::shared_ptr<StreamDecoder>& decoder() const { return decoder_; }
@@ -114,6 +126,9 @@ private:
     void append_prompt(const std::vector<std::int32_t>& prompt);
     bool make_room();
     void accept(std::int32_t token);
+    void add(std::int32_t token);
+    void constrain();
+    void finish_text();
     void append(std::string_view piece);
     void end(Ending ending);
 
@@ -125,6 +140,10 @@ private:
     Limits limits_;
     std::optional<std::int32_t> n_top_;
     Urgency urgency_;
+    Form form_;
+    std::unique_ptr<Constraint> constraint_;
+    Allowed allowed_;                   // by the constraint, with end tokens where it may end
+    std::vector<std::int32_t> forced_;  // tokens that follow before anything is drawn
     std::vector<std::int32_t> tokens_;
     std::vector<TokenLogprob> logprobs_;
     std::string text_;
@@ -136,6 +155,7 @@ private:
     std::uint64_t id_ = 0;  // in the order of submission
     std::uint64_t last_turn_ = 0;
     std::shared_ptr<Request> source_;  // has the same beginning, and has read it or will before
+    std::size_t n_reported_ = 0;       // tokens of which there were events
     bool announced_ = false;           // that it ended
 };
 

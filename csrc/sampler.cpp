@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <string>
 #include <unordered_map>
 
@@ -304,6 +305,50 @@ std::size_t draw(const KernelTable& kernels, Buffers& buffers, const Logits& log
     return draw_from_nucleus(buffers, logits, left, enough, random);
 }
 
+Logits pick(const Logits& logits, const std::vector<std::int32_t>& tokens) {
+    Logits few;
+    few.resize(tokens.size());
+    for (std::size_t i = 0; i < tokens.size(); ++i)
+        few.values[i] = logits.values[static_cast<std::size_t>(tokens[i])];
+    few.find_maxima();
+    return few;
+}
+
+// By all the rules that come after adjusting.
+std::int32_t draw_or_choose(const KernelTable& kernels, Buffers& buffers, const Logits& logits,
+                            const SamplingParams& params, RandomState& random) {
+    const std::int32_t best = find_largest(logits);
+    if (best < 0 || !std::isfinite(logits.values[static_cast<std::size_t>(best)]))
+        throw Error(Status::invalid_argument,
+                    "no token is left to draw: all of them are banned, or not allowed here");
+    if (params.temperature == 0.0f || params.top_k == 1 || params.top_p == 0.0f) return best;
+    const auto k = static_cast<std::size_t>(params.top_k);
+    if (k == 0 || k >= logits.values.size())
+        return static_cast<std::int32_t>(draw(kernels, buffers, logits, params, random));
+    const std::vector<std::int32_t> tokens = find_likeliest(logits, k);
+    return tokens[draw(kernels, buffers, pick(logits, tokens), params, random)];
+}
+
+// Of some tokens only: those that keep characters whole, if there are such.
+std::int32_t draw_allowed(const KernelTable& kernels, Buffers& buffers, const Logits& logits,
+                          const SamplingParams& params, RandomState& random,
+                          const StreamDecoder* text, const std::vector<std::int32_t>& allowed) {
+    const auto is_possible = [&](std::int32_t token) {
+        return logits.values[static_cast<std::size_t>(token)] != impossible;
+    };
+    std::vector<std::int32_t> tokens, whole;
+    std::copy_if(allowed.begin(), allowed.end(), std::back_inserter(tokens), is_possible);
+    if (tokens.size() == 1) return tokens[0];
+    if (text != nullptr) {
+        std::copy_if(tokens.begin(), tokens.end(), std::back_inserter(whole),
+                     [&](std::int32_t token) { return text->keeps_whole(token); });
+        if (!whole.empty()) tokens.swap(whole);
+    }
+    const Logits few = pick(logits, tokens);
+    const std::int32_t drawn = draw_or_choose(kernels, buffers, few, params, random);
+    return tokens[static_cast<std::size_t>(drawn)];
+}
+
 }  // namespace
 
 void validate(const SamplingParams& params, std::int32_t vocab_size) {
@@ -340,37 +385,25 @@ double RandomState::next_uniform() {
 
 std::int32_t sample(const KernelTable& kernels, Logits& logits,
                     const std::vector<std::int32_t>& history, const SamplingParams& params,
-                    RandomState& random, const StreamDecoder* text) {
+                    RandomState& random, const StreamDecoder* text,
+                    const std::vector<std::int32_t>* allowed) {
     const bool greedy = params.temperature == 0.0f || params.top_k == 1 || params.top_p == 0.0f;
-    if (greedy && !adjusts(params)) {
+    if (greedy && allowed == nullptr && !adjusts(params)) {
         const std::int32_t token = find_largest(logits);
         if (token >= 0 && (text == nullptr || text->keeps_whole(token))) return token;
     }
     Buffers& buffers = this_threads_buffers();
     Adjusted adjusted(logits, buffers.changed);
     adjust(adjusted, history, params);
+    if (allowed != nullptr)
+        return draw_allowed(kernels, buffers, logits, params, random, text, *allowed);
     if (text != nullptr) {
         text->find_breaking(logits.values.data(), &buffers.breaking);
         for (const std::int32_t token : buffers.breaking)
             adjusted.set(token, impossible);
     }
     adjusted.find_maxima();
-    const std::int32_t best = find_largest(logits);
-    if (best < 0 || !std::isfinite(adjusted[best])) {
-        throw Error(Status::invalid_argument, "no token is left to draw: all of them are banned");
-    }
-    if (greedy) return best;
-    const auto k = static_cast<std::size_t>(params.top_k);
-    if (k == 0 || k >= logits.values.size()) {
-        return static_cast<std::int32_t>(draw(kernels, buffers, logits, params, random));
-    }
-    const std::vector<std::int32_t> tokens = find_likeliest(logits, k);
-    Logits few;
-    few.resize(tokens.size());
-    for (std::size_t i = 0; i < tokens.size(); ++i)
-        few.values[i] = adjusted[tokens[i]];
-    few.find_maxima();
-    return tokens[draw(kernels, buffers, few, params, random)];
+    return draw_or_choose(kernels, buffers, logits, params, random);
 }
 
 double log_probability(const KernelTable& kernels, const Logits& logits, std::int32_t token) {

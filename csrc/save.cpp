@@ -100,6 +100,19 @@ private:
     std::size_t pos_ = 0;
 };
 
+void write_strings(Writer& out, const std::vector<std::string>& strings) {
+    out.count(strings.size());
+    for (const std::string& string : strings)
+        out.string(string);
+}
+
+std::vector<std::string> read_strings(Reader& in) {
+    std::vector<std::string> strings(in.count(4));
+    for (std::string& string : strings)
+        string = in.string();
+    return strings;
+}
+
 void write_params(Writer& out, const SamplingParams& p) {
     out.number(p.temperature);
     out.number(p.top_k);
@@ -140,9 +153,7 @@ void write_limits(Writer& out, const Limits& limits) {
     out.number(limits.max_new_tokens.value_or(-1));
     out.number(limits.min_new_tokens);
     out.tokens(limits.end_tokens, 4);
-    out.count(limits.stops.size());
-    for (const std::string& stop : limits.stops)
-        out.string(stop);
+    write_strings(out, limits.stops);
     out.number(static_cast<std::uint8_t>(limits.on_overflow));
     out.number(limits.n_keep);
 }
@@ -153,10 +164,9 @@ Limits read_limits(Reader& in) {
     if (max_new_tokens >= 0) limits.max_new_tokens = max_new_tokens;
     limits.min_new_tokens = in.number<std::int32_t>();
     limits.end_tokens = in.tokens(4);
-    for (std::size_t n = in.count(4); n > 0; --n) {
-        limits.stops.push_back(in.string());
-        if (limits.stops.back().empty()) refuse("holds an empty stop string");
-    }
+    limits.stops = read_strings(in);
+    for (const std::string& stop : limits.stops)
+        if (stop.empty()) refuse("holds an empty stop string");
     limits.on_overflow = static_cast<Overflow>(in.number<std::uint8_t>());
     limits.n_keep = in.number<std::int32_t>();
     if (limits.on_overflow > Overflow::error || limits.n_keep < 0) refuse("holds a wrong value");
@@ -173,6 +183,8 @@ void write_request(Writer& out, const RequestState& state,
                    const std::vector<std::int32_t>& timeline, std::size_t token_size) {
     write_params(out, state.params);
     write_limits(out, state.limits);
+    out.string(state.form.kind);
+    write_strings(out, state.form.texts);
     out.number(state.priority);
     out.number(state.time_left ? state.time_left->count() : std::nan(""));
     out.number(static_cast<std::uint8_t>(state.at_start));
@@ -196,6 +208,8 @@ RequestState read_request(Reader& in, const std::vector<std::int32_t>& timeline,
     RequestState state;
     state.params = read_params(in);
     state.limits = read_limits(in);
+    state.form.kind = in.string();
+    state.form.texts = read_strings(in);
     state.priority = in.number<std::int32_t>();
     const auto time_left = in.number<double>();
     if (std::fabs(time_left) < 1e9) state.time_left = Seconds(time_left);

@@ -196,8 +196,17 @@ void Scheduler::finish(const std::shared_ptr<Request>& request, Ending ending) {
 }
 
 void Scheduler::announce(const std::shared_ptr<Request>& request) {
+    report(request);
     events_.push_back({request, -1});
     request->announced_ = true;
+}
+
+// The tokens that are new.
+void Scheduler::report(const std::shared_ptr<Request>& request) {
+    for (std::size_t& n = request->n_reported_; n < request->tokens_.size(); ++n) {
+        stats_.n_drawn += 1;
+        events_.push_back({request, request->tokens_[n]});
+    }
 }
 
 // What a pass over so many rows, all of which ask for logits, is thought to cost, and the dearest
@@ -527,17 +536,13 @@ void Scheduler::take_in(const std::shared_ptr<Request>& request, const Draw& dra
         fail(request, drawn.error);
         return;
     }
-    const std::size_t n_before = request->tokens_.size();
     std::exception_ptr error;
     try {
         request->accept(drawn.token);
     } catch (...) {
         error = std::current_exception();
     }
-    if (request->tokens_.size() > n_before) {
-        stats_.n_drawn += 1;
-        events_.push_back({request, drawn.token});
-    }
+    report(request);
     if (error != nullptr) {
         fail(request, error);
     } else if (request->ending_ != Ending::none) {

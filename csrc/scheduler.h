@@ -108,6 +108,7 @@ private:
     void obey();
     void fail(const std::shared_ptr<Request>& request, std::exception_ptr error);
     void finish(const std::shared_ptr<Request>& request, Ending ending);
+    void report(const std::shared_ptr<Request>& request);
     void announce(const std::shared_ptr<Request>& request);
     static bool goes_on(const Request& request);
     static bool may_draw(const Request& request);

@@ -107,13 +107,14 @@ std::vector<float> Session::logits() {
     return {logits_.values.begin(), logits_.values.begin() + model_->config().vocab_size};
 }
 
-std::int32_t Session::sample(const SamplingParams& params, const StreamDecoder* text) {
+std::int32_t Session::sample(const SamplingParams& params, const StreamDecoder* text,
+                             const std::vector<std::int32_t>* allowed) {
     const SessionLock lock(*this);
     validate(params, model_->config().vocab_size);
     read_all();
     RandomState random = random_;
     const std::int32_t token =
-        tinyllama::sample(model_->kernels(), logits_, tokens_, params, random, text);
+        tinyllama::sample(model_->kernels(), logits_, tokens_, params, random, text, allowed);
     random_ = random;
     return token;
 }
@@ -339,7 +340,7 @@ void draw_each(std::vector<Draw>& draws) {
         for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
             Draw& draw = draws[i];
             try {
-                draw.token = draw.session->sample(*draw.params, draw.text);
+                draw.token = draw.session->sample(*draw.params, draw.text, draw.allowed);
             } catch (...) {
                 draw.error = std::current_exception();
             }
@@ -381,6 +382,48 @@ std::vector<double> score(Session& session, const std::vector<std::int32_t>& tok
     } catch (...) {
         session.rewind(n_before);
         throw;
+    }
+    return scores;
+}
+
+std::vector<double> score_ways(Session& session, const std::vector<std::vector<std::int32_t>>& ways,
+                               const std::function<void()>& between_chunks) {
+    const KernelTable& kernels = session.model().kernels();
+    const auto n_logits = static_cast<std::size_t>(session.model().config().vocab_size);
+    std::vector<double> scores;
+    for (const std::vector<std::int32_t>& way : ways) {
+        if (way.empty()) throw Error(Status::invalid_argument, "a way to go on has no tokens");
+        session.check(way.data(), way.size());
+        scores.push_back(session.log_probability(way[0]));
+    }
+    Logits one;
+    one.resize(n_logits);
+    // As many as fit into one pass. Of each way's tokens all but the last are read.
+    for (std::size_t begin = 0, end = 0; begin < ways.size(); begin = end) {
+        std::size_t n_rows = 0;
+        do {
+            n_rows += ways[end++].size() - 1;
+        } while (end < ways.size() && n_rows + ways[end].size() - 1 <= max_rows);
+        std::vector<std::shared_ptr<Session>> forks;
+        std::vector<float> logits(n_rows * n_logits);
+        std::vector<Feed> feeds;
+        float* next = logits.data();
+        for (std::size_t i = begin; i < end; ++i) {
+            TokenSpan tokens(ways[i]);
+            tokens.size -= 1;
+            forks.push_back(session.fork(0));
+            feeds.push_back({forks.back().get(), tokens, next});
+            next += tokens.size * n_logits;
+        }
+        feed(feeds, between_chunks);
+        next = logits.data();
+        for (std::size_t i = begin; i < end; ++i) {
+            for (std::size_t k = 1; k < ways[i].size(); ++k, next += n_logits) {
+                std::copy(next, next + n_logits, one.values.begin());
+                one.find_maxima();
+                scores[i] += log_probability(kernels, one, ways[i][k]);
+            }
+        }
     }
     return scores;
 }

@@ -37,9 +37,10 @@ public:
 
     // Logits (vocab_size) after the last token. Throws Error(invalid_argument) when there is none.
     std::vector<float> logits();
-    // Draws the next token without appending it. `text`: see sample() in sampler.h. When it throws,
-    // the random state is as it was.
-    std::int32_t sample(const SamplingParams& params, const StreamDecoder* text = nullptr);
+    // Draws the next token without appending it. `text` and `allowed`: see sample() in sampler.h.
+    // When it throws, the random state is as it was.
+    std::int32_t sample(const SamplingParams& params, const StreamDecoder* text = nullptr,
+                        const std::vector<std::int32_t>* allowed = nullptr);
     // Natural logarithm of the probability of `token` as the next one, under the unmodified
     // distribution.
     double log_probability(std::int32_t token);
@@ -119,6 +120,7 @@ struct Draw {
     Session* session;
     const SamplingParams* params;
     const StreamDecoder* text;
+    const std::vector<std::int32_t>* allowed;
     std::int32_t token = -1;
     std::exception_ptr error = nullptr;
 };
@@ -154,5 +156,10 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
 // before it: NaN for the first token of an empty session.
 std::vector<double> score(Session& session, const std::vector<std::int32_t>& tokens,
                           const std::function<void()>& between_chunks);
+
+// The logarithm of the probability of each of several ways to go on, all in one batch. They fit the
+// context each by itself, have a token at least, and leave the session as it was.
+std::vector<double> score_ways(Session& session, const std::vector<std::vector<std::int32_t>>& ways,
+                               const std::function<void()>& between_chunks);
 
 }  // namespace tinyllama

@@ -13,7 +13,7 @@ from . import errors
 from ._core import Event, __version__, supported_isas
 from .config import Config, RopeScaling
 from .errors import TinyllamaError
-from .generation import Completion, TokenLogprob, Usage
+from .generation import Choice, Completion, TokenLogprob, Usage
 from .loading import generate, load, stream
 from .model import Model, Tokenizer
 from .sampling import SamplingParams
@@ -21,6 +21,7 @@ from .scheduler import Request, Scheduler
 from .session import Session
 
 __all__ = [
+    "Choice",
     "Completion",
     "Config",
     "Event",

@@ -6,7 +6,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
-from . import scheduler
+from . import grammar, scheduler
 
 __version__: str
 
@@ -107,6 +107,10 @@ class Session:
 class RequestState:
     """What a saved request was, for Request(session, state)."""
 
+    @property
+    def form(self) -> tuple[str, list[str]]:
+        """Of its text, and what that was made from."""
+
 def save(session: Session, decoder: StreamDecoder | None, cache: bool) -> bytes: ...
 def restore(model: Model, blob: bytes) -> tuple[Session, StreamDecoder | None, RequestState | None]:
     """FormatError with the reason for other bytes; see Model.restore in model.py."""
@@ -133,9 +137,14 @@ class Request:
         n_top: int | None = ...,
         priority: int = ...,
         deadline_ms: float | None = ...,
+        form: str = ...,
+        form_texts: Sequence[str] = ...,
+        matcher: grammar.Matcher | None = ...,
     ) -> None: ...
     @overload
-    def __init__(self, session: Session, state: RequestState) -> None: ...
+    def __init__(
+        self, session: Session, state: RequestState, matcher: grammar.Matcher | None = ...
+    ) -> None: ...
     def save(self, cache: bool = ...) -> bytes: ...
     @property
     def decoder(self) -> StreamDecoder: ...
@@ -237,6 +246,10 @@ def kernel_matmul(
     """One kernel on its own, for tests: x (n_tokens, cols) -> (n_tokens, rows up to a multiple of
     16), of which panels [begin, end) of 16 are computed. What is not written is NaN; with add, the
     products are added to 1."""
+
+def score_ways(session: Session, ways: Sequence[Sequence[int]]) -> list[float]:
+    """The natural logarithm of the probability of each way to go on. ArgumentError for an empty
+    one, ContextFullError; the session stays as it is."""
 
 def hash64(data: bytes, seed: int = ...) -> int:
     """XXH64, for tests."""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import _core
 from .sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from .grammar import Matcher
 
 # More sequences than this wait until others have ended, so that memory stays bounded. What is
 # generated does not depend on it: a sequence's tokens are the same in any batch.
@@ -41,6 +45,21 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """One of several ways for a text to go on.
+
+    ``logprob``: the natural logarithm of the probability of its tokens under the model itself, one
+    after the other. ``probability``: its share among the choices, which sum to 1; one that begins
+    another has that other's share too.
+    """
+
+    text: str
+    tokens: tuple[int, ...]
+    logprob: float
+    probability: float
+
+
+@dataclass(frozen=True)
 class Completion:
     """One finished continuation.
 
@@ -48,6 +67,7 @@ class Completion:
     tokens are still here. ``logprobs``: one TokenLogprob per token, or None when not asked for.
     ``finish_reason``: "stop" (the model ended the text, or a stop string was met) or "length"
     (max_new_tokens, or the context is full). ``seed``: alone, gives this very text again.
+    ``choices``: where those were given, each with its probability, else None.
     """
 
     text: str
@@ -56,6 +76,7 @@ class Completion:
     finish_reason: str
     usage: Usage
     seed: int
+    choices: tuple[Choice, ...] | None = None
 
 
 OnDone: TypeAlias = "Callable[[int, int, Completion], object]"
@@ -70,8 +91,10 @@ def request_arguments(
     n_top: int | None = None,
     priority: int = 0,
     deadline_ms: float | None = None,
+    matcher: Matcher | None = None,
 ) -> tuple[Any, ...]:
-    """The arguments of a _core.Request: a session that has still to read ``prompt``."""
+    """The arguments of a _core.Request: a session that has still to read ``prompt``. ``matcher``:
+    for a form of text that needs one."""
     return (
         session,
         prompt,
@@ -86,6 +109,23 @@ def request_arguments(
         n_top,
         priority,
         deadline_ms,
+        *options.form(),
+        matcher and matcher.copy(),
+    )
+
+
+def score_choices(
+    model: _core.Model, session: _core.Session, choices: Sequence[str]
+) -> tuple[Choice, ...]:
+    """How likely each of ``choices`` is to come next, found in one batch; the session stays."""
+    beginning = at_start(model.tokenizer, session.tokens)
+    ways = [model.tokenizer.encode(choice, False, False, beginning) for choice in choices]
+    scores = _core.score_ways(session, ways)
+    most = max(scores)
+    total = sum(math.exp(score - most) for score in scores)
+    return tuple(
+        Choice(choice, tuple(way), score, math.exp(score - most) / total)
+        for choice, way, score in zip(choices, ways, scores, strict=True)
     )
 
 
@@ -99,11 +139,13 @@ def stream_pieces(model: _core.Model, request: _core.Request) -> Iterator[str]:
     the session can be read, forked or fed at any moment, and left at any moment."""
     scheduler = _core.Scheduler(model)
     scheduler.submit(request)
-    while request.finish_reason is None:
+    done = False  # there may be an end, and text, before the first step
+    while not done:
         for event in scheduler.step():
             request.rethrow()
             if event.text:
                 yield event.text
+            done = event.done
 
 
 def complete_prompts(
@@ -112,6 +154,7 @@ def complete_prompts(
     params: SamplingParams,
     n_top: int | None = None,
     on_done: OnDone | None = None,
+    matcher: Matcher | None = None,
 ) -> list[list[Completion]]:
     """Continue every prompt ``params.num_return_sequences`` times; a list of them per prompt.
 
@@ -127,8 +170,11 @@ def complete_prompts(
     while waiting or live:
         for i, j in [waiting.popleft() for _ in range(min(len(waiting), MAX_LIVE - len(live)))]:
             session = _core.Session(model, sequence_seed(first_seed, i * n + j))
-            decoder = _core.StreamDecoder(model.tokenizer, at_start(model.tokenizer, prompts[i]))
-            arguments = request_arguments(model, session, prompts[i], params, decoder, n_top)
+            beginning = matcher is None and at_start(model.tokenizer, prompts[i])
+            decoder = _core.StreamDecoder(model.tokenizer, beginning)
+            arguments = request_arguments(
+                model, session, prompts[i], params, decoder, n_top, matcher=matcher
+            )
             request = _core.Request(*arguments)
             live[request] = i, j
             scheduler.submit(request)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -25,13 +25,16 @@ from .arguments import (
 )
 from .config import Config, RopeScaling
 from .errors import ArgumentError, ContextFullError
-from .generation import Completion, OnDone, complete_prompts, end_tokens
+from .generation import Choice, Completion, OnDone, complete_prompts, end_tokens
 from .sampling import SamplingParams, as_int
 from .scheduler import Scheduler
 from .session import Session
 
 if TYPE_CHECKING:
+    from llguidance import LLTokenizer
+
     from .evaluate.perplexity import Perplexity
+    from .grammar import Matcher
 
 StrPath: TypeAlias = "str | os.PathLike[str]"
 
@@ -144,6 +147,13 @@ class Model:
             )
         prompts, many = split_prompts(prompt)
         groups = self._complete(prompts, options, n_top, on_done)
+        if options.choices is not None:
+            groups = [
+                [replace(c, choices=scored) for c in group]
+                for group, scored in zip(
+                    groups, [self.score_choices(p, options.choices) for p in prompts], strict=True
+                )
+            ]
         if options.return_full_text:
             groups = [
                 [replace(c, text=self._text(one) + c.text) for c in group]
@@ -191,6 +201,13 @@ class Model:
 
         return perplexity.of_text(self, text)
 
+    def score_choices(self, prompt: Prompt, choices: Iterable[str]) -> tuple[Choice, ...]:
+        """How likely each of several texts is to come right after ``prompt``: as
+        :meth:`Session.score_choices`, and as ``choices`` in a :class:`Completion`."""
+        session = self.session(0)
+        session.append(self._tokens(prompt))
+        return session.score_choices(choices)
+
     def session(self, seed: int | None = None) -> Session:
         """A new, empty timeline, which draws from ``seed``, or from fresh entropy."""
         return Session(self, _core.Session(self._core, checked_seed(seed)))
@@ -205,7 +222,7 @@ class Model:
         """
         session, decoder, request = self._restore(blob)
         if request is not None:
-            decoder = _core.Request(session, request).decoder
+            decoder = _core.Request(session, request, self._matcher(*request.form)).decoder
         return Session(self, session, decoder)
 
     def _restore(
@@ -244,7 +261,22 @@ class Model:
         on_done: OnDone | None = None,
     ) -> list[list[Completion]]:
         tokens = [self._tokens(prompt, options) for prompt in prompts]
-        return complete_prompts(self._core, tokens, options, n_top, on_done)
+        matcher = self._matcher(*options.form())
+        return complete_prompts(self._core, tokens, options, n_top, on_done, matcher)
+
+    def _matcher(self, kind: str, texts: list[str]) -> Matcher | None:
+        """What keeps to a form of text that the core alone does not know."""
+        if kind in ("", "choices"):
+            return None
+        from .grammar import Matcher
+
+        return Matcher.of(self._guidance_tokenizer, kind, texts[0])
+
+    @cached_property
+    def _guidance_tokenizer(self) -> LLTokenizer:
+        from .grammar import guidance_tokenizer
+
+        return guidance_tokenizer(self._core.tokenizer)
 
     def _text(self, prompt: Prompt) -> str:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)

@@ -6,6 +6,7 @@ the fields below.
 
 from __future__ import annotations
 
+import json
 import math
 import operator
 from collections.abc import Iterable, Mapping
@@ -30,8 +31,9 @@ class SamplingParams:
     """How text is continued. Raises ArgumentError, naming argument and value, when one is wrong.
 
     The logits of each step pass, in this order: logit_bias and banned tokens, the three penalties,
-    temperature, top_k, top_p, min_p; what is left is drawn from. Tokens that would leave a
-    character broken are never drawn.
+    what choices, regex, json_schema or grammar allow (one of these at most), temperature, top_k,
+    top_p, min_p; what is left is drawn from. Tokens that would leave a character broken are never
+    drawn, and nothing is drawn where only one text can follow.
     """
 
     max_new_tokens: int | None = _option(
@@ -91,6 +93,19 @@ class SamplingParams:
     stop: str | Iterable[str] | None = _option(
         None, "end the text before this string, or the first of several"
     )
+    choices: Iterable[str] | None = _option(
+        None,
+        "the text is one of these, written right behind the prompt: give the space between words"
+        " yourself",
+        kind=str,
+    )
+    regex: str | None = _option(None, "the text matches this regular expression", kind=str)
+    json_schema: str | Mapping[str, Any] | None = _option(
+        None, "the text is JSON that follows this schema", kind=str
+    )
+    grammar: str | None = _option(
+        None, "the text follows this grammar, in llguidance's variant of Lark", kind=str
+    )
     on_overflow: str = _option(
         "stop",
         "when the context is full: stop the text; shift, which drops half of it, the oldest but"
@@ -119,7 +134,9 @@ class SamplingParams:
         keep = object.__setattr__  # the dataclass is frozen for everybody else
         for option in fields(self):
             value = getattr(self, option.name)
-            if "kind" in option.metadata and not (value is None and option.default is None):
+            if option.metadata.get("kind") in (int, float) and not (
+                value is None and option.default is None
+            ):
                 keep(self, option.name, _checked(option.name, value, option.metadata))
             if value not in option.metadata.get("choices", (value,)):
                 *most, last = option.metadata["choices"]
@@ -128,6 +145,15 @@ class SamplingParams:
                 )
         keep(self, "stop", _stop_strings(self.stop))
         keep(self, "logit_bias", _logit_bias(self.logit_bias))
+        keep(self, "choices", _choices(self.choices))
+        keep(self, "json_schema", _schema(self.json_schema))
+        forms = [name for name in _FORMS if getattr(self, name) is not None]
+        if len(forms) > 1:
+            raise ArgumentError(f"{forms[0]} and {forms[1]} exclude each other")
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, type(None))):
+                raise ArgumentError(f"{name} is {value!r}; it must be a string")
         if self.seed is not None and self.seed >= 2**64:
             raise ArgumentError(f"seed is {self.seed}; it must be below 2^64")
         if not isinstance(self.return_full_text, bool):
@@ -139,6 +165,14 @@ class SamplingParams:
                 f"min_new_tokens ({self.min_new_tokens}) is above"
                 f" max_new_tokens ({self.max_new_tokens})"
             )
+
+    def form(self) -> tuple[str, list[str]]:
+        """What the text has to be: the option that says so ("": none does), and its texts."""
+        for name in _FORMS:
+            value = getattr(self, name)
+            if value is not None:
+                return name, [value] if isinstance(value, str) else list(value)
+        return "", []
 
     @property
     def cuts_prompts(self) -> bool:
@@ -183,6 +217,9 @@ _CORE_FIELDS = (
 )
 
 
+_FORMS = ("choices", "regex", "json_schema", "grammar")
+
+
 def as_int(name: str, value: Any, least: int = 0) -> int:
     """A whole number of any kind (numpy's too) as int; ArgumentError names it when it is not."""
     try:
@@ -217,6 +254,43 @@ def _as_float(name: str, value: Any) -> float:
         return float(value)
     except (TypeError, ValueError, OverflowError):
         raise ArgumentError(f"{name} is {value!r}; it must be a number") from None
+
+
+def _choices(choices: Any) -> tuple[str, ...] | None:
+    if choices is None:
+        return None
+    if isinstance(choices, (str, bytes)) or not isinstance(choices, Iterable):
+        raise ArgumentError(f"choices is {choices!r}; it must be several strings")
+    strings = tuple(choices)
+    if not strings:
+        raise ArgumentError("choices is empty")
+    for string in strings:
+        if not isinstance(string, str) or not string:
+            raise ArgumentError(f"choices holds {string!r}; it must be a string, and not empty")
+        _check_unicode("choices", string)
+    return strings
+
+
+def _schema(schema: Any) -> str | None:
+    """As JSON."""
+    if schema is None:
+        return None
+    try:
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+        if not isinstance(json.loads(text), (dict, bool)):
+            raise ValueError("a schema is an object")
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(f"json_schema is {schema!r}: {error}") from None
+    return text
+
+
+def _check_unicode(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ArgumentError(
+            f"{name} holds half a surrogate pair ({text[error.start]!r}) at {error.start}"
+        ) from None
 
 
 def _stop_strings(stop: Any) -> tuple[str, ...] | None:

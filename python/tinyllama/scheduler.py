@@ -104,15 +104,17 @@ class Scheduler:
             session = self.model.session(options.seed)
             options = replace(options, seed=None)
         refuse_options_of_models(options)
+        matcher = self.model._matcher(*options.form())
         request = Request(
             *request_arguments(
                 self.model._core,
                 session._core,
                 prompt,
                 options,
-                session._text_decoder(prompt),
+                session._text_decoder(prompt, matcher),
                 priority=as_int("priority", priority, -(2**31)),
                 deadline_ms=deadline_ms,
+                matcher=matcher,
             )
         )
         return self._submit(request, session)
@@ -129,7 +131,7 @@ class Scheduler:
         core, _, state = self.model._restore(blob)
         if state is None:
             raise ArgumentError("a session was saved, not a request: submit(model.restore(blob))")
-        request = Request(core, state)
+        request = Request(core, state, self.model._matcher(*state.form))
         return self._submit(request, Session(self.model, core, request.decoder))
 
     def step(self, budget_ms: float | None = None) -> list[_core.Event]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from . import _core
 from .arguments import Prompt, checked_seed, checked_text, takes_sampling
 from .errors import ArgumentError
-from .generation import at_start, request_arguments, stream_pieces
+from .generation import Choice, at_start, request_arguments, score_choices, stream_pieces
 from .sampling import SamplingParams, as_int
 
 if TYPE_CHECKING:
+    from .grammar import Matcher
     from .model import Model
 
 # Options of Model.generate that mean nothing here, with their defaults.
@@ -110,13 +111,23 @@ class Session:
         """Like :meth:`generate`, after ``prompt``."""
         if not self._core.n_tokens and not prompt:
             prompt = self.model._tokens("")
-        decoder = self._text_decoder(prompt)
+        matcher = self.model._matcher(*options.form())
+        decoder = self._text_decoder(prompt, matcher)
         request = _core.Request(
-            *request_arguments(self.model._core, self._core, prompt, options, decoder)
+            *request_arguments(
+                self.model._core, self._core, prompt, options, decoder, matcher=matcher
+            )
         )
         self.finish_reason = None
         yield from stream_pieces(self.model._core, request)
         self.finish_reason = request.finish_reason
+
+    def score_choices(self, choices: Iterable[str]) -> tuple[Choice, ...]:
+        """How likely each of several texts is to come next, found in one batch. The timeline stays
+        as it is. Raises ArgumentError for anything but strings, ContextFullError where the longest
+        has no room."""
+        choices = SamplingParams(choices=choices).form()[1]
+        return score_choices(self.model._core, self._core, choices)
 
     def rewind(self, n_tokens: int) -> None:
         """Keep the first ``n_tokens`` of the timeline. The random state goes on, so that what
@@ -140,11 +151,14 @@ class Session:
         that rests. All is read again when it goes on, and is as it was."""
         self._core.drop_cache()
 
-    def _text_decoder(self, prompt: list[int]) -> _core.StreamDecoder:
-        """What shows text drawn after ``prompt``."""
-        if self._decoder is None or prompt:
+    def _text_decoder(
+        self, prompt: list[int], matcher: Matcher | None = None
+    ) -> _core.StreamDecoder:
+        """What shows text drawn after ``prompt``. What a matcher sees is shown byte by byte: no
+        space is dropped where the text begins."""
+        if self._decoder is None or prompt or matcher:
             tokenizer = self.model.tokenizer._core
-            beginning = self._at_start() and at_start(tokenizer, prompt)
+            beginning = matcher is None and self._at_start() and at_start(tokenizer, prompt)
             self._decoder = _core.StreamDecoder(tokenizer, beginning)
         return self._decoder
 

@@ -72,7 +72,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     for option in dataclasses.fields(SamplingParams):
         flag = "--" + option.name.replace("_", "-")
         text = option.metadata["help"].replace("%", "%%")
-        if option.name == "stop":
+        if option.name in ("stop", "choices"):
             group.add_argument(
                 flag, action="append", metavar="TEXT", help=text + " (may be given several times)"
             )
@@ -92,7 +92,7 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
             kind = option.metadata["kind"]
             if option.default is not None:
                 text += f" (default: {option.default:g})"
-            metavar = "N" if kind is int else "X"
+            metavar = {int: "N", float: "X", str: "TEXT"}[kind]
             group.add_argument(flag, type=kind, default=option.default, metavar=metavar, help=text)
 
 
@@ -171,9 +171,10 @@ def _print_completions(model: Model, args: argparse.Namespace, params: SamplingP
 
 
 def _record(prompt: str, completion: Completion) -> dict[str, Any]:
-    """A Completion as a JSON object; ``logprobs`` only when they were asked for."""
+    """A Completion as a JSON object; ``logprobs`` and ``choices`` only when they were asked for."""
     record = {"prompt": prompt, **dataclasses.asdict(completion)}
     record["usage"]["total_tokens"] = completion.usage.total_tokens
-    if completion.logprobs is None:
-        del record["logprobs"]
+    for name in ("logprobs", "choices"):
+        if record[name] is None:
+            del record[name]
     return record

@@ -1,0 +1,388 @@
+"""Texts of a certain form: choices, regular expressions, JSON schemas, grammars."""
+
+import json
+import math
+import re
+import sys
+
+import jsonschema
+import numpy as np
+import pytest
+
+import tinyllama
+from random_models import tiny_checkpoint, tiny_model
+from tinyllama import SamplingParams
+from tinyllama.errors import ArgumentError, ContextFullError, MissingExtraError
+from tinyllama.reference import forward
+
+PROMPT = "the rain"
+ACTIONS = [" attack", " attack the gate", " flee", " wait", " wave"]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Random weights: whatever a form allows, this one will try."""
+    return tiny_model(max_seq_len=300)
+
+
+@pytest.fixture(scope="module")
+def storyteller():
+    return tinyllama.load(n_threads=1)
+
+
+# --- choices
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        ACTIONS,
+        ["yes", "no"],
+        [" an", " ant", " anthem", " and"],
+        ["é", "è", "日本", "日", "🙂"],
+        ["\n", "\t", "  "],
+        [" only one"],
+        ["x" * 200, "y"],
+        ["\u2581", " a\u2581b"],
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 5.0])
+def test_the_text_is_one_of_the_choices(model, choices, temperature):
+    texts = model.generate([PROMPT] * 50, choices=choices, temperature=temperature, seed=1)
+    assert set(texts) <= set(choices)
+    if temperature == 5.0 and len(choices) < 5:
+        assert set(texts) == set(choices)
+    completion = model.complete(PROMPT, choices=choices, temperature=temperature, seed=1)
+    assert completion.text == texts[0]
+    assert completion.finish_reason == "stop"
+
+
+def test_choices_at_the_beginning_of_a_text(storyteller):
+    choices = ["Once upon a time", "The dog"]
+    session = storyteller.session(seed=1)
+    text = "".join(session.generate(choices=choices, temperature=0))
+    assert text == "Once upon a time"
+    assert session.text == text
+    # With the space that a tokenizer puts before the first word: as the model has learnt it.
+    assert session.tokens == storyteller.tokenizer.encode(text)
+
+
+def test_choices_are_drawn_as_likely_as_the_model_says(storyteller):
+    """Where each is one token and nothing else spells it."""
+    prompt = "Once upon a time there was a boy named"
+    choices = [" Tom", " Tim"]
+    scored = storyteller.complete(prompt, choices=choices, seed=1).choices
+    assert [choice.text for choice in scored] == choices
+    assert sum(choice.probability for choice in scored) == pytest.approx(1)
+    bans = {  # every other way to begin them
+        token: -math.inf
+        for token in range(storyteller.tokenizer.vocab_size)
+        if storyteller.tokenizer._core.token_bytes(token) in (b" ", b" T", b" To", b" Ti")
+    }
+    texts = storyteller.generate(
+        [prompt] * 2000, choices=choices, top_p=1.0, seed=3, logit_bias=bans
+    )
+    share = texts.count(" Tom") / len(texts)
+    assert share == pytest.approx(scored[0].probability, abs=0.04)
+
+
+def test_probabilities_are_those_of_complete_with_logprobs(model):
+    choices = [*ACTIONS, "é", "abc", "aa"]
+    for scored in model.score_choices(PROMPT, choices):
+        alone = model.complete(PROMPT, choices=[scored.text], logprobs=0)
+        assert alone.tokens == scored.tokens
+        assert sum(token.logprob for token in alone.logprobs) == scored.logprob
+        assert alone.choices[0].logprob == scored.logprob
+
+
+def test_probabilities_are_right(model):
+    """Against float64, and many more than fit into one pass."""
+    checkpoint = tiny_checkpoint(max_seq_len=300)
+    choices = [a + b * 3 for a in "abcdefghij" for b in "klmnopqrstu"]
+    prompt = model.tokenizer.encode(PROMPT)
+    scored = model.score_choices(PROMPT, choices)
+    assert sum(len(choice.tokens) - 1 for choice in scored) > 256
+    for choice in scored[::10]:
+        logits = forward(checkpoint, [*prompt, *choice.tokens], dtype=np.float64)
+        logits = logits[len(prompt) - 1 : -1]
+        logprobs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        expected = sum(logprobs[i, token] for i, token in enumerate(choice.tokens))
+        assert choice.logprob == pytest.approx(expected, abs=1e-4)
+    total = sum(math.exp(choice.logprob) for choice in scored)
+    for choice in scored:
+        assert choice.probability == pytest.approx(math.exp(choice.logprob) / total, rel=1e-9)
+
+
+def test_scoring_leaves_the_session_as_it_is(model):
+    session = model.session(seed=1)
+    session.append(PROMPT)
+    before = session.save()
+    session.score_choices(ACTIONS)
+    assert session.save() == before
+    assert [c.text for c in session.score_choices(iter(["a", "b"]))] == ["a", "b"]
+
+
+def test_masks_come_before_the_samplers_that_drop(model):
+    """What is allowed need not be among the likeliest of all tokens."""
+    for options in ({"top_k": 1}, {"top_p": 0.01}, {"min_p": 1.0}, {"temperature": 0.01}):
+        assert model.generate(PROMPT, choices=[" zq", " qz"], seed=2, **options) in {" zq", " qz"}
+
+
+def test_the_likeliest_allowed_token_is_chosen_at_temperature_0(model):
+    logits = model.logits(PROMPT)[-1]
+    choices = [chr(ord("a") + i) for i in range(26)]
+    tokens = [model.tokenizer._core.encode(c, False, False, at_start=False)[0] for c in choices]
+    expected = choices[int(np.argmax(logits[tokens]))]
+    # Bytes can spell letters too: without them.
+    bias = {3 + ord(c): -math.inf for c in choices}
+    assert model.generate(PROMPT, choices=choices, temperature=0, logit_bias=bias) == expected
+
+
+def test_allowed_tokens_are_exactly_those_that_fit(model):
+    """Every token that a choice begins with is drawn sooner or later, and no other."""
+    choice = " ate the tea"
+    core = model.tokenizer._core
+    fitting = {
+        token
+        for token in range(model.tokenizer.vocab_size)
+        if core.token_bytes(token) and choice.encode().startswith(core.token_bytes(token))
+    }
+    completions = model.complete([PROMPT] * 3000, choices=[choice, "#"], temperature=1e3, seed=1)
+    first = {c.tokens[0] for c in completions if c.text == choice}
+    assert first == fitting
+    assert len(fitting) == 3  # the byte, the letter, and two letters
+
+
+# --- what all forms share
+
+
+def test_no_legal_token_is_an_error_of_that_request_alone(model):
+    scheduler = model.scheduler()
+    bans = dict.fromkeys(range(3, 300), -math.inf)
+    bad = scheduler.submit(PROMPT, choices=ACTIONS, logit_bias=bans)
+    good = scheduler.submit(PROMPT, choices=ACTIONS, seed=1)
+    while not (bad.done and good.done):
+        scheduler.step()
+    assert bad.finish_reason == "error"
+    assert "no token is left to draw" in str(bad.error)
+    assert good.text in ACTIONS
+    with pytest.raises(ArgumentError, match="no token is left"):
+        model.generate(PROMPT, choices=ACTIONS, logit_bias=bans)
+
+
+def test_what_can_only_follow_in_one_way_is_not_drawn(model):
+    """It is read in one piece, and takes no random number."""
+    text = " and the rain went on and on"
+    session, other = model.session(seed=7), model.session(seed=7)
+    scheduler = model.scheduler()
+    session.append(PROMPT)
+    request = scheduler.submit(session, choices=[text])
+    (event,) = scheduler.step()
+    assert (event.text, event.done, request.finish_reason) == (text, True, "stop")
+    assert list(event.tokens) == request.tokens
+    other.feed(PROMPT + text)
+    assert session.tokens == other.tokens
+    options = {"temperature": 1.5, "max_new_tokens": 10}
+    assert list(session.generate(**options)) == list(other.generate(**options))
+
+
+FORMS = {
+    "choices": {"choices": ACTIONS},
+    "regex": {"regex": "(a[bc]{1,5}|xyz+)*[.!]"},
+    "json_schema": {
+        "json_schema": {
+            "type": "object",
+            "properties": {"who": {"enum": ["Tom", "Lily"]}, "n": {"type": "integer"}},
+            "required": ["who", "n"],
+            "additionalProperties": False,
+        }
+    },
+    "grammar": {"grammar": 'start: "go " WHERE (" and " WHERE)*\nWHERE: /[nesw]{1,2}/'},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_changes_nothing_of_how_texts_are_made(model, form):
+    """Streams, logprobs, sessions, schedulers under a budget: the same text."""
+    options = {"temperature": 1.5, "max_new_tokens": 60, **FORMS[form]}
+    for seed in range(10):
+        completion = model.complete(PROMPT, seed=seed, **options)
+        assert "".join(model.stream(PROMPT, seed=seed, **options)) == completion.text
+        assert model.complete(PROMPT, seed=seed, logprobs=2, **options).tokens == completion.tokens
+        session = model.session(seed=seed)
+        session.feed(PROMPT)
+        assert "".join(session.generate(**options)) == completion.text
+        scheduler = model.scheduler()
+        request = scheduler.submit(PROMPT, seed=seed, **options)
+        texts, tokens = "", []
+        while not request.done or scheduler.stats()["n_live"]:
+            for event in scheduler.step(0.05):
+                texts, tokens = texts + event.text, tokens + list(event.tokens)
+        assert (texts, tuple(tokens)) == (completion.text, completion.tokens)
+        assert request.finish_reason == completion.finish_reason
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_is_saved_and_restored(model, form):
+    rng = np.random.default_rng(3)
+    options = {"temperature": 1.5, "max_new_tokens": 60, **FORMS[form]}
+    for seed in range(10):
+        alone = model.complete(PROMPT, seed=seed, **options)
+        scheduler = model.scheduler()
+        request = scheduler.submit(PROMPT, seed=seed, **options)
+        for _ in range(rng.integers(0, 12)):
+            scheduler.step(0.02)
+        again = model.scheduler()
+        restored = again.restore(request.save())
+        assert restored.text == request.text
+        while not restored.done:
+            again.step()
+        assert (restored.text, tuple(restored.tokens)) == (alone.text, alone.tokens)
+        assert restored.finish_reason == alone.finish_reason
+
+
+def test_limits_hold_within_a_form(model):
+    completion = model.complete(PROMPT, regex="[ab]{20}", max_new_tokens=4)
+    assert (completion.finish_reason, len(completion.tokens)) == ("length", 4)
+    completion = model.complete(PROMPT, choices=[" go and see the sea"], max_new_tokens=2)
+    assert (completion.finish_reason, len(completion.tokens)) == ("length", 2)
+    assert " go and see the sea".startswith(completion.text)
+    assert list(model.stream(PROMPT, choices=["abXcd"], stop="X")) == ["ab"]
+    completion = model.complete(PROMPT, choices=["abXcd"], stop="X")
+    assert (completion.text, completion.finish_reason) == ("ab", "stop")
+    assert model.generate(PROMPT, regex="[ab]{3,9}", min_new_tokens=9).count("") == 10
+
+
+def test_a_form_may_outgrow_the_context(model):
+    session = model.session(seed=1)
+    session.append([1] * 298)
+    with pytest.raises(ContextFullError, match="do not fit"):
+        session.score_choices([" a long way to go home"])
+    assert " a long way home".startswith("".join(session.generate(choices=[" a long way home"])))
+    assert session.room == 0
+    assert session.finish_reason == "length"
+    text = model.generate([1] * 298, choices=[" a long way home"], on_overflow="shift")
+    assert text == " a long way home"
+
+
+# --- 1,000 generations, all valid
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1, "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+        "brave": {"type": "boolean"},
+    },
+    "required": ["name", "age", "brave"],
+    "additionalProperties": False,
+}
+SCHEMAS = [
+    {"enum": ["red", "green", "blue"]},
+    {"enum": [1, 2.5, None, True, "x", [1], {"a": 1}]},
+    {"const": {"go": "north"}},
+    {"type": "boolean"},
+    {"type": "null"},
+    {"type": "integer", "minimum": -5, "maximum": 300},
+    {"type": "number", "minimum": 0, "maximum": 1},
+    {"type": "integer", "minimum": 0, "maximum": 60, "multipleOf": 5},
+    {"type": "string", "maxLength": 10},
+    {"type": "string", "minLength": 3, "maxLength": 6, "pattern": "^[a-z]+$"},
+    {"type": "string", "format": "date"},
+    {"type": "string", "format": "uuid"},
+    {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 9}, "maxItems": 4},
+    {"type": "array", "items": {"enum": ["n", "s"]}, "minItems": 2, "maxItems": 5},
+    {"type": "array", "prefixItems": [{"type": "boolean"}, {"enum": [1, 2]}], "items": False},
+    {"anyOf": [{"const": "wait"}, {"type": "integer", "minimum": 1, "maximum": 3}]},
+    {"oneOf": [{"type": "null"}, PERSON]},
+    {"allOf": [{"type": "integer", "minimum": 2}, {"maximum": 7}]},
+    PERSON,
+    {"$ref": "#/$defs/p", "$defs": {"p": PERSON}},
+    {
+        "type": "object",
+        "properties": {"to": {"enum": ["gate", "inn"]}, "with": PERSON},
+        "required": ["to"],
+        "additionalProperties": False,
+    },
+]
+REGEXES = [
+    "a|b|cd",
+    "[0-9]{3}-[0-9]{4}",
+    r"(north|south)( (east|west))?",
+    r"\d{1,3}(\.\d{1,2})?",
+    "[A-Z][a-z]{2,7}( [A-Z][a-z]{2,7})?",
+    "x{0,5}y",
+    "(?:ab){2,4}c?",
+    "[^a-z\n]{1,6}",
+    "(a|é|日本){1,6}",
+    ".{1,12}",
+]
+
+
+@pytest.mark.parametrize("which", ["model", "storyteller"])
+def test_a_thousand_texts_are_all_valid(which, request):
+    """Half of them by random weights, half by the model that ships."""
+    model = request.getfixturevalue(which)
+    n_valid = 0
+    n = math.ceil(500 / (len(SCHEMAS) + len(REGEXES)))
+    for i, schema in enumerate(SCHEMAS):
+        checker = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
+        options = {"temperature": 1.5, "top_p": 1.0, "seed": i, "max_new_tokens": 250}
+        for completion in model.complete([PROMPT] * n, json_schema=schema, **options):
+            assert completion.finish_reason == "stop", schema
+            checker.validate(json.loads(completion.text))
+            n_valid += 1
+    for i, regex in enumerate(REGEXES):
+        for completion in model.complete([PROMPT] * n, regex=regex, temperature=1.5, seed=i):
+            assert completion.finish_reason == "stop", regex
+            assert re.fullmatch(regex, completion.text), (regex, completion.text)
+            n_valid += 1
+    assert n_valid >= 500
+
+
+def test_a_grammar_with_nesting(model):
+    grammar = 'start: list\nlist: "[" item ("," item)* "]" | "[]"\nitem: "a" | "b"'
+    for text in model.generate([PROMPT] * 30, grammar=grammar, seed=1, max_new_tokens=200):
+        assert re.fullmatch(r"\[([ab](,[ab])*)?\]?|\[[ab,]*", text)
+
+
+# --- what is wrong is named
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"choices": []}, "choices is empty"),
+        ({"choices": "abc"}, "choices is 'abc'; it must be several strings"),
+        ({"choices": ["a", ""]}, "choices holds ''"),
+        ({"choices": ["a", 5]}, "choices holds 5"),
+        ({"choices": ["\ud800"]}, "half a surrogate pair"),
+        ({"choices": ["a"], "regex": "a"}, "choices and regex exclude each other"),
+        ({"regex": 5}, "regex is 5; it must be a string"),
+        ({"regex": "("}, "regex: .*unclosed group"),
+        ({"json_schema": "{"}, "json_schema is '{'"),
+        ({"json_schema": [1]}, "json_schema is .*a schema is an object"),
+        ({"json_schema": {"type": "foo"}}, "json_schema: .*foo"),
+        ({"grammar": "start: nothing"}, "grammar: .*nothing"),
+    ],
+)
+def test_wrong_forms_are_named(model, options, message):
+    session = model.session()
+    session.append(PROMPT)
+    before = session.tokens
+    with pytest.raises(ArgumentError, match="(?s)" + message):
+        list(session.generate(**options))
+    assert session.tokens == before
+
+
+def test_the_missing_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    model = tiny_model()
+    with pytest.raises(MissingExtraError, match=r'pip install "\.\[grammar\]"'):
+        model.generate(PROMPT, regex="a")
+    assert model.generate(PROMPT, choices=["a"]) == "a"
+
+
+def test_a_schema_may_be_json_text():
+    assert SamplingParams(json_schema={"type": "null"}).json_schema == '{"type": "null"}'
+    assert SamplingParams(json_schema=' {"type": "null"}').form()[0] == "json_schema"
