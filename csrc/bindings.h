@@ -14,6 +14,8 @@ tinyllama::FileBytes open_bytes(const pybind11::object& path, const pybind11::ob
 // long in coming where other threads run Python, so it is asked for now and then only.
 class SignalCheck {
 public:
+    static constexpr std::chrono::milliseconds interval{50};
+
     void operator()() {
         if (Clock::now() < next_) return;
         {
@@ -25,7 +27,6 @@ public:
 
 private:
     using Clock = std::chrono::steady_clock;
-    static constexpr std::chrono::milliseconds interval{50};
     Clock::time_point next_ = Clock::now() + interval;
 };
 

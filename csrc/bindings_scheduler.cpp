@@ -7,10 +7,10 @@
 #include <memory>
 #include <optional>
 #include <string>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "background.h"
 #include "bindings.h"
 #include "save.h"
 #include "scheduler.h"
@@ -22,6 +22,8 @@ using namespace tinyllama;
 namespace {
 
 using Tokens = std::vector<std::int32_t>;
+// A thread that works may hold what is waited for, and need the GIL.
+using release = py::call_guard<py::gil_scoped_release>;
 
 py::tuple restore_blob(const std::shared_ptr<Model>& model, const py::buffer& blob) {
     const py::buffer_info info = blob.request();
@@ -35,7 +37,12 @@ py::tuple restore_blob(const std::shared_ptr<Model>& model, const py::buffer& bl
 
 py::list logprobs_of(const Request& request) {
     py::list result;
-    for (const TokenLogprob& step : request.logprobs())
+    std::vector<TokenLogprob> logprobs;
+    {
+        const py::gil_scoped_release nogil;
+        logprobs = request.logprobs();
+    }
+    for (const TokenLogprob& step : logprobs)
         result.append(py::make_tuple(step.token, step.logprob, step.top));
     return result;
 }
@@ -57,8 +64,7 @@ std::optional<const char*> ending_name(Ending ending) {
     }
 }
 
-py::dict stats_dict(Scheduler& scheduler) {
-    const Scheduler::Stats stats = scheduler.stats();
+py::dict stats_dict(const Scheduler::Stats& stats) {
     py::dict result;
     result["n_live"] = stats.n_live;
     result["n_waiting"] = stats.n_waiting;
@@ -72,7 +78,7 @@ py::dict stats_dict(Scheduler& scheduler) {
     return result;
 }
 
-// What a step did for one request: the Python object, which a subclass may have made.
+// An Outcome with the Python object, which a subclass may have made.
 struct RequestEvent {
     py::object request;
     std::string text;
@@ -80,22 +86,11 @@ struct RequestEvent {
     bool done = false;
 };
 
-// One for each request, in the order in which something first became of it.
-std::vector<RequestEvent> by_request(const std::vector<Event>& events) {
+std::vector<RequestEvent> with_python(std::vector<Outcome> outcomes) {
     std::vector<RequestEvent> result;
-    std::unordered_map<const Request*, std::size_t> places;
-    for (const Event& event : events) {
-        const auto [place, is_new] = places.try_emplace(event.request.get(), result.size());
-        if (is_new)
-            result.push_back(
-                {py::cast(event.request), std::string(event.request->take_text()), {}, false});
-        RequestEvent& mine = result[place->second];
-        if (event.token >= 0) {
-            mine.tokens.push_back(event.token);
-        } else {
-            mine.done = true;
-        }
-    }
+    for (Outcome& outcome : outcomes)
+        result.push_back({py::cast(outcome.request), std::move(outcome.text),
+                          std::move(outcome.tokens), outcome.done});
     return result;
 }
 
@@ -133,6 +128,14 @@ public:
 
 private:
     py::object matcher_;
+};
+
+// Its thread may need the GIL before it stops.
+struct LetWork {
+    void operator()(Background* background) const {
+        const py::gil_scoped_release nogil;
+        if (background->is_of_this_process()) delete background;
+    }
 };
 
 std::unique_ptr<Constraint> constraint_of(const py::object& matcher) {
@@ -207,16 +210,26 @@ void bind_scheduler(py::module_& m) {
              }),
              py::arg("session"), py::arg("state"), py::arg("matcher") = py::none())
         .def(
-            "save", [](const Request& self, bool cache) { return py::bytes(save(self, cache)); },
+            "save",
+            [](const Request& self, bool cache) {
+                std::string blob;
+                {
+                    const py::gil_scoped_release nogil;
+                    blob = save(self, cache);
+                }
+                return py::bytes(blob);
+            },
             py::arg("cache") = false)
         .def_property_readonly("decoder", &Request::decoder)
-        .def_property_readonly("text", &Request::text)
-        .def_property_readonly("tokens", &Request::tokens)
+        .def_property_readonly("text", py::cpp_function(&Request::text, release()))
+        .def_property_readonly("tokens", py::cpp_function(&Request::tokens, release()))
         .def_property_readonly("logprobs", &logprobs_of)
-        .def_property_readonly("finish_reason",
-                               [](const Request& self) { return ending_name(self.ending()); })
+        .def_property_readonly(
+            "finish_reason",
+            py::cpp_function([](const Request& self) { return ending_name(self.ending()); },
+                             release()))
         .def_property_readonly("paused", &Request::paused)
-        .def("rethrow", &Request::rethrow)
+        .def("rethrow", &Request::rethrow, release())
         .def("cancel", &Request::cancel)
         .def("pause", &Request::pause)
         .def("resume", &Request::resume);
@@ -244,9 +257,9 @@ void bind_scheduler(py::module_& m) {
                 std::vector<RequestEvent> result;
                 const auto deliver = [&](const std::vector<Event>& events) {
                     const py::gil_scoped_acquire gil;
-                    result = by_request(events);
+                    result = with_python(by_request(events));
                 };
-                const py::gil_scoped_release release;
+                const py::gil_scoped_release nogil;
                 if (budget_ms) {
                     self.step(Seconds(*budget_ms / 1e3), SignalCheck(), deliver);
                 } else {
@@ -255,8 +268,53 @@ void bind_scheduler(py::module_& m) {
                 return result;
             },
             py::arg("budget_ms") = py::none())
-        .def_property_readonly("stats", &stats_dict)
+        .def_property_readonly("stats", [](Scheduler& self) { return stats_dict(self.stats()); })
         .def(
             "run", [](Scheduler& self) { return self.run(SignalCheck()); },
             py::call_guard<py::gil_scoped_release>());
+
+    py::class_<Background, std::unique_ptr<Background, LetWork>>(m, "Background")
+        .def(py::init<std::shared_ptr<Model>, std::int64_t, std::int64_t>(),
+             py::call_guard<py::gil_scoped_release>(), py::arg("model"), py::arg("max_live") = 64,
+             py::arg("n_positions") = 0)
+        .def("submit", &Background::submit, py::arg("request"),
+             py::call_guard<py::gil_scoped_release>())
+        .def("stop", &Background::stop, py::call_guard<py::gil_scoped_release>())
+        .def("wake", &Background::wake, py::call_guard<py::gil_scoped_release>())
+        .def(
+            "step",
+            [](Background& self, std::optional<double> budget_ms) {
+                std::vector<Outcome> outcomes;
+                {
+                    const py::gil_scoped_release nogil;
+                    bool idle = false;
+                    if (budget_ms) {
+                        outcomes = self.take(Seconds{0}, &idle);
+                    } else {
+                        for (SignalCheck check; outcomes.empty() && !idle; check())
+                            outcomes = self.take(SignalCheck::interval, &idle);
+                    }
+                }
+                return with_python(std::move(outcomes));
+            },
+            py::arg("budget_ms") = py::none())
+        .def(
+            "save",
+            [](Background& self, const Request& request, bool cache) {
+                std::string blob;
+                {
+                    const py::gil_scoped_release nogil;
+                    blob = self.save(request, cache);
+                }
+                return py::bytes(blob);
+            },
+            py::arg("request"), py::arg("cache") = false)
+        .def_property_readonly("stats", [](Background& self) {
+            Scheduler::Stats stats;
+            {
+                const py::gil_scoped_release nogil;
+                stats = self.stats();
+            }
+            return stats_dict(stats);
+        });
 }

@@ -64,6 +64,7 @@ void Request::prepare() {
 }
 
 RequestState Request::state() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
     RequestState state;
     state.params = params_;
     state.limits = limits_;
@@ -160,10 +161,45 @@ void Request::resume() {
     wish_.compare_exchange_strong(pause, Wish::run);
 }
 
-std::string_view Request::take_text() {
-    const std::string_view piece = text().substr(n_taken_);
-    n_taken_ = n_certain_;
-    return piece;
+std::vector<std::int32_t> Request::tokens() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return tokens_;
+}
+
+std::vector<TokenLogprob> Request::logprobs() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return logprobs_;
+}
+
+Ending Request::ending() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return ending_;
+}
+
+void Request::rethrow() const {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const std::exception_ptr error = error_;
+    lock.unlock();
+    if (error != nullptr) std::rethrow_exception(error);
+}
+
+std::string Request::text() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return text_.substr(0, n_certain_);
+}
+
+std::string Request::take_text() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::size_t begin = std::exchange(n_taken_, n_certain_);
+    return text_.substr(begin, n_certain_ - begin);
+}
+
+void Request::conclude(Ending ending, std::exception_ptr error) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (ending_ != Ending::none) return;
+    error_ = std::move(error);
+    source_ = nullptr;
+    end(ending);
 }
 
 Draw Request::next_draw() const {
@@ -173,6 +209,7 @@ Draw Request::next_draw() const {
 }
 
 void Request::accept(std::int32_t token) {
+    const std::lock_guard<std::mutex> lock(mutex_);
     const std::vector<std::int32_t>& ends = limits_.end_tokens;
     if (std::find(ends.begin(), ends.end(), token) != ends.end()) {
         finish_text();

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <exception>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -77,8 +78,8 @@ struct RequestState {
     bool paused = false;
 };
 
-// One text being continued: a session, and what was made of it. cancel(), pause() and resume() may
-// be called by any thread; the rest by the one that steps.
+// One text being continued: a session, and what was made of it. What others see of it, and
+// cancel(), pause() and resume(), are for any thread; the session for the one that steps.
 class Request {
 public:
     // Appends `prompt` to the session. `decoder` is the text so far. With n_top, every token's
@@ -105,17 +106,18 @@ public:
     void resume();
     bool paused() const { return wish_.load() == Wish::pause; }
 
-    const std::vector<std::int32_t>& tokens() const { return tokens_; }
-    const std::vector<TokenLogprob>& logprobs() const { return logprobs_; }
-    Ending ending() const { return ending_; }
+    std::vector<std::int32_t> tokens() const;
+    std::vector<TokenLogprob> logprobs() const;
+    Ending ending() const;
     // Rethrows what made it end with Ending::error.
-    void rethrow() const {
-        if (error_ != nullptr) std::rethrow_exception(error_);
-    }
+    void rethrow() const;
     // What is certain of the text, whole characters, and the part of it not taken before: what may
     // become a stop string is held back.
-    std::string_view text() const { return std::string_view(text_).substr(0, n_certain_); }
-    std::string_view take_text();
+    std::string text() const;
+    std::string take_text();
+
+    // Ends it, unless it has ended.
+    void conclude(Ending ending, std::exception_ptr error = nullptr);
 
 private:
     friend class Scheduler;
@@ -141,6 +143,7 @@ private:
     std::optional<std::int32_t> n_top_;
     Urgency urgency_;
     Form form_;
+    mutable std::mutex mutex_;  // guards what follows, but for reads by the thread that steps
     std::unique_ptr<Constraint> constraint_;
     Allowed allowed_;                   // by the constraint, with end tokens where it may end
     std::vector<std::int32_t> forced_;  // tokens that follow before anything is drawn

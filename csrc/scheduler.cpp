@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <unordered_map>
 
 namespace tinyllama {
 namespace {
@@ -46,8 +47,11 @@ private:
 };
 
 Scheduler::Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live,
-                     std::int64_t n_positions)
-    : model_(std::move(model)), max_live_(max_live), pass_(std::make_unique<Pass>(*model_)) {
+                     std::int64_t n_positions, bool alone)
+    : model_(std::move(model)),
+      max_live_(max_live),
+      alone_(alone),
+      pass_(std::make_unique<Pass>(*model_)) {
     model_->kv_pool()->keep(
         static_cast<std::size_t>(n_positions / kv_block + (n_positions % kv_block != 0)));
 }
@@ -93,11 +97,15 @@ void Scheduler::submit(std::shared_ptr<Request> request) {
             throw Error(Status::invalid_argument,
                         "the session is in this scheduler already, with a request that goes on");
     }
+    known_.erase(std::remove_if(known_.begin(), known_.end(),
+                                [&](const auto& weak) {
+                                    const std::shared_ptr<Request> other = weak.lock();
+                                    return other == nullptr ||
+                                           (alone_ && other->ending_ != Ending::none);
+                                }),
+                 known_.end());
     request->id_ = ++n_submitted_;
     request->source_ = find_source(*request);
-    known_.erase(std::remove_if(known_.begin(), known_.end(),
-                                [](const auto& other) { return other.expired(); }),
-                 known_.end());
     known_.push_back(request);
     live_.push_back(std::move(request));
 }
@@ -150,6 +158,24 @@ std::vector<std::shared_ptr<Request>> Scheduler::run(const Check& check) {
     }
 }
 
+void Scheduler::end_all(Ending ending, const std::exception_ptr& error, const Deliver& deliver) {
+    const Turn turn(*this);
+    abandon();
+    for (const auto& request : live_) {
+        request->conclude(ending, error);
+        if (!request->announced_) announce(request);
+    }
+    finish_step(deliver);
+}
+
+Clock::time_point Scheduler::next_deadline() {
+    const Turn turn(*this);
+    Clock::time_point next = Clock::time_point::max();
+    for (const auto& request : live_)
+        next = std::min(next, request->urgency_.deadline);
+    return next;
+}
+
 Scheduler::Stats Scheduler::stats() {
     const Turn turn(*this);
     Stats stats = stats_;
@@ -190,8 +216,7 @@ void Scheduler::obey() {
 }
 
 void Scheduler::finish(const std::shared_ptr<Request>& request, Ending ending) {
-    request->end(ending);
-    request->source_ = nullptr;
+    request->conclude(ending);
     announce(request);
 }
 
@@ -255,7 +280,8 @@ void Scheduler::abandon() {
 }
 
 void Scheduler::leave(const Request& request) {
-    if (request.session_->pass_ == pass_.get()) request.session_->leave_pass();
+    if (request.ending_ == Ending::none && request.session_->pass_ == pass_.get())
+        request.session_->leave_pass();
 }
 
 // Who takes part in a flight: those who speak, one row each, then prompts, as much of them as does
@@ -329,6 +355,7 @@ std::shared_ptr<Request> Scheduler::find_source(const Request& request) {
     for (const auto& weak : known_) {
         const std::shared_ptr<Request> other = weak.lock();
         if (other == nullptr || other->session_ == request.session_) continue;
+        if (alone_ && other->ending_ != Ending::none) continue;
         const SessionLock others(*other->session_, std::try_to_lock);
         if (!others.owns()) continue;
         std::size_t n = request.session_->n_in_common_with(*other->session_);
@@ -443,8 +470,7 @@ void Scheduler::advance() {
     } const unlock{locks_};
     locks_.reserve(parts_.size());
     for (const Part& part : parts_) {
-        if (part.request->session_->pass_ == pass_.get())
-            locks_.emplace_back(*part.request->session_);
+        if (takes_part(part)) locks_.emplace_back(*part.request->session_);
     }
     const Clock::time_point start = Clock::now();
     pass_->advance(static_cast<std::int64_t>(pieces_.size()));
@@ -463,8 +489,8 @@ bool Scheduler::fly(Budget& budget, const Check& check) {
         obey();
     }
     for (const Part& part : parts_) {
+        if (!takes_part(part)) continue;  // it left: all is read again
         Session& session = *part.request->session_;
-        if (session.pass_ != pass_.get()) continue;  // it left: all is read again
         session.pass_ = nullptr;
         session.has_read(part.n_rows);
         stats_.n_read += static_cast<std::int64_t>(part.n_rows);
@@ -478,6 +504,11 @@ bool Scheduler::fly(Budget& budget, const Check& check) {
     }
     parts_.clear();
     return true;
+}
+
+// The session of a request that has ended is no longer ours to look at.
+bool Scheduler::takes_part(const Part& part) const {
+    return part.request->ending_ == Ending::none && part.request->session_->pass_ == pass_.get();
 }
 
 void Scheduler::worked(Seconds elapsed) {
@@ -551,8 +582,8 @@ void Scheduler::take_in(const std::shared_ptr<Request>& request, const Draw& dra
 }
 
 void Scheduler::fail(const std::shared_ptr<Request>& request, std::exception_ptr error) {
-    request->error_ = std::move(error);
-    finish(request, Ending::error);
+    request->conclude(Ending::error, std::move(error));
+    announce(request);
 }
 
 std::vector<std::shared_ptr<Request>> Scheduler::remove_ended() {
@@ -567,6 +598,22 @@ std::vector<std::shared_ptr<Request>> Scheduler::remove_ended() {
     }
     live_.resize(n_left);
     return ended;
+}
+
+std::vector<Outcome> by_request(const std::vector<Event>& events) {
+    std::vector<Outcome> outcomes;
+    std::unordered_map<const Request*, std::size_t> places;
+    for (const Event& event : events) {
+        const auto [place, is_new] = places.try_emplace(event.request.get(), outcomes.size());
+        if (is_new) outcomes.push_back({event.request, event.request->take_text(), {}, false});
+        Outcome& mine = outcomes[place->second];
+        if (event.token >= 0) {
+            mine.tokens.push_back(event.token);
+        } else {
+            mine.done = true;
+        }
+    }
+    return outcomes;
 }
 
 }  // namespace tinyllama

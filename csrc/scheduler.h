@@ -6,6 +6,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "costs.h"
@@ -20,6 +21,17 @@ struct Event {
     std::int32_t token;  // -1: it ended
 };
 
+// The same, for all that happened to a request together. Takes its text.
+struct Outcome {
+    std::shared_ptr<Request> request;
+    std::string text;
+    std::vector<std::int32_t> tokens;
+    bool done = false;
+};
+
+// In the order in which something first became of each request.
+std::vector<Outcome> by_request(const std::vector<Event>& events);
+
 // Steps requests of one model together. Used by one thread at a time: a second one gets
 // Error(busy). Work goes in flights: a pass over what the requests have not read, as many as fit,
 // then a draw for each that has read all. A flight may stop after any of its pieces and go on in
@@ -33,9 +45,10 @@ public:
 
     // More than max_live requests wait until others have ended. Memory for the keys and values of
     // n_positions, all requests together, is taken and touched now; none that is taken later is
-    // given back as long as the scheduler lives. Throws std::bad_alloc.
+    // given back as long as the scheduler lives. `alone`: sessions of requests that have ended are
+    // not looked at, as other threads may use them. Throws std::bad_alloc.
     explicit Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live = 64,
-                       std::int64_t n_positions = 0);
+                       std::int64_t n_positions = 0, bool alone = false);
     ~Scheduler();
     Scheduler(const Scheduler&) = delete;
     Scheduler& operator=(const Scheduler&) = delete;
@@ -60,6 +73,11 @@ public:
     // Works until a request has ended, and returns those that have, in the order in which they
     // came. None when there is nothing to do.
     std::vector<std::shared_ptr<Request>> run(const Check& check);
+
+    // Ends all requests.
+    void end_all(Ending ending, const std::exception_ptr& error, const Deliver& deliver);
+
+    Clock::time_point next_deadline();
 
     struct Stats {
         std::int64_t n_live = 0;     // requests that have not ended
@@ -99,6 +117,7 @@ private:
     Foreseen foresee(std::int64_t n_rows, std::int64_t n_positions) const;
     void doubt(std::int64_t n_rows, std::int64_t n_positions);
     void plan(Budget& budget);
+    bool takes_part(const Part& part) const;
     bool fly(Budget& budget, const Check& check);
     void advance();
     bool draw(Budget& budget, const Check& check);
@@ -116,6 +135,7 @@ private:
 
     std::shared_ptr<const Model> model_;
     std::int64_t max_live_;
+    bool alone_;
     std::unique_ptr<Pass> pass_;
     Costs costs_;
     std::atomic<bool> in_use_{false};

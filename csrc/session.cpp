@@ -83,6 +83,25 @@ private:
     bool committed_ = false;
 };
 
+namespace {
+thread_local const void* acting_for = nullptr;
+}  // namespace
+
+bool Session::in_other_hands() const {
+    const void* const holder = holder_.load(std::memory_order_acquire);
+    return holder != nullptr && holder != acting_for;
+}
+
+void hold(Session& session, const void* holder) {
+    const SessionLock lock(session);
+    session.holder_.store(holder, std::memory_order_release);
+}
+
+void let_go(Session& session) { session.holder_.store(nullptr, std::memory_order_release); }
+
+ActingFor::ActingFor(const void* holder) : before_(std::exchange(acting_for, holder)) {}
+ActingFor::~ActingFor() { acting_for = before_; }
+
 Session::Session(std::shared_ptr<const Model> model, std::uint64_t seed)
     : model_(std::move(model)), cache_(model_->kv_pool()), random_{seed, 0} {}
 
@@ -112,6 +131,11 @@ std::int32_t Session::sample(const SamplingParams& params, const StreamDecoder* 
     const SessionLock lock(*this);
     validate(params, model_->config().vocab_size);
     read_all();
+    return draw(params, text, allowed);
+}
+
+std::int32_t Session::draw(const SamplingParams& params, const StreamDecoder* text,
+                           const std::vector<std::int32_t>* allowed) {
     RandomState random = random_;
     const std::int32_t token =
         tinyllama::sample(model_->kernels(), logits_, tokens_, params, random, text, allowed);
@@ -334,13 +358,24 @@ void draw_each(std::vector<Draw>& draws) {
     if (draws.empty()) return;
     const Model& model = draws.front().session->model();
     const auto n = static_cast<std::int64_t>(draws.size());
+    std::vector<SessionLock> locks;
+    locks.reserve(draws.size());
+    for (Draw& draw : draws) {
+        try {
+            locks.emplace_back(*draw.session);
+            draw.session->read_all();
+        } catch (...) {
+            draw.error = std::current_exception();
+        }
+    }
     const bool little = n * model.config().vocab_size < (1 << 16);
     Threads& threads = model.threads();
     threads.parallel_for(little ? 1 : threads.size(), n, [&](std::int64_t begin, std::int64_t end) {
         for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
             Draw& draw = draws[i];
             try {
-                draw.token = draw.session->sample(*draw.params, draw.text, draw.allowed);
+                if (draw.error == nullptr)
+                    draw.token = draw.session->draw(*draw.params, draw.text, draw.allowed);
             } catch (...) {
                 draw.error = std::current_exception();
             }

@@ -20,6 +20,7 @@
 
 namespace tinyllama {
 
+struct Draw;
 struct Feed;
 
 // Rows computed together: enough to read each weight once for many, small enough for the caches.
@@ -62,6 +63,9 @@ public:
     std::shared_ptr<Session> fork(std::uint64_t seed);
 
 private:
+    friend void hold(Session& session, const void* holder);
+    friend void let_go(Session& session);
+    friend void draw_each(std::vector<Draw>& draws);
     friend class SavedSession;
     friend class SessionLock;
     friend class FeedTransaction;
@@ -77,6 +81,8 @@ private:
     void has_read(std::size_t n) { n_read_ += n; }
     // Throws Error(nonfinite), and forgets the last token's logits, if one is not a finite number.
     void refuse_nonfinite_logits();
+    std::int32_t draw(const SamplingParams& params, const StreamDecoder* text,
+                      const std::vector<std::int32_t>* allowed);
     void keep(std::size_t n_tokens);
     // How many first tokens are also those of another; never all, so that the last is still read.
     std::size_t n_in_common_with(const Session& other) const;
@@ -90,8 +96,28 @@ private:
     KvCache cache_;
     Logits logits_;
     RandomState random_;
+    bool in_other_hands() const;
+
     Pass* pass_ = nullptr;  // that has rows of this session, and is not over
     std::atomic<bool> in_use_{false};
+    std::atomic<const void*> holder_{nullptr};
+};
+
+// Gives a session into somebody's hands: from then on threads get an error unless they act for him.
+// Throws Error(busy) for one that is in use.
+void hold(Session& session, const void* holder);
+void let_go(Session& session);
+
+// For as long as it lives, this thread acts for him.
+class ActingFor {
+public:
+    explicit ActingFor(const void* holder);
+    ActingFor(const ActingFor&) = delete;
+    ActingFor& operator=(const ActingFor&) = delete;
+    ~ActingFor();
+
+private:
+    const void* before_;
 };
 
 // Sessions are used by one thread at a time; a second one gets an error, not corruption.
@@ -102,7 +128,8 @@ public:
             throw Error(Status::busy, "the session is in use by another thread");
     }
     SessionLock(Session& session, std::try_to_lock_t)
-        : session_(session.in_use_.exchange(true) ? nullptr : &session) {}
+        : session_(session.in_other_hands() || session.in_use_.exchange(true) ? nullptr
+                                                                              : &session) {}
     bool owns() const { return session_ != nullptr; }
     SessionLock(SessionLock&& other) noexcept : session_(std::exchange(other.session_, nullptr)) {}
     SessionLock(const SessionLock&) = delete;

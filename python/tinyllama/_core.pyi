@@ -202,6 +202,23 @@ class Scheduler:
         """n_live and n_waiting (for their first token) requests; tokens_read, tokens_drawn, pieces
         of work and the time spent_ms in them since the beginning; next_piece_ms."""
 
+class Background:
+    """The same on a thread of its own. For any thread; a session is busy until its request has
+    ended."""
+
+    def __init__(self, model: Model, max_live: int = ..., n_positions: int = ...) -> None: ...
+    def stop(self) -> None:
+        """For good; what has not ended is cancelled."""
+    def submit(self, request: Request) -> None: ...
+    def wake(self) -> None:
+        """Look again: a request was cancelled or resumed."""
+    def step(self, budget_ms: float | None = ...) -> list[Event]:
+        """What came since the last call. None: wait for something, or for nothing to be left."""
+    def save(self, request: Request, cache: bool = ...) -> bytes:
+        """Request.save, between two pieces of work."""
+    @property
+    def stats(self) -> dict[str, Any]: ...
+
 def forward(
     sessions: Sequence[Session], tokens: Sequence[Sequence[int]], all_logits: bool = ...
 ) -> list[npt.NDArray[np.float32]]:

@@ -61,6 +61,16 @@ def split_prompts(prompt: Any) -> tuple[list[Prompt], bool]:
     return list(prompt), True
 
 
+def refuse_several(prompt: Any, options: SamplingParams, name: str) -> None:
+    """Raise ArgumentError where ``name``, which makes one text, is asked for several."""
+    if split_prompts(prompt)[1]:
+        raise ArgumentError(f"{name} takes one prompt; generate takes several")
+    if options.num_return_sequences != 1:
+        raise ArgumentError(
+            f"num_return_sequences is {options.num_return_sequences}; {name} makes one"
+        )
+
+
 def shaped(groups: list[list[Any]], many: bool, options: SamplingParams) -> Any:
     """A list per prompt only where several sequences were asked for; a list only for several."""
     results = [group[0] if options.num_return_sequences == 1 else group for group in groups]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,6 +19,7 @@ from .arguments import (
     checked_seed,
     checked_text,
     checked_tokens,
+    refuse_several,
     shaped,
     split_prompts,
     takes_sampling,
@@ -33,6 +34,7 @@ from .session import Session
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
+    from .aio import Streams
     from .evaluate.perplexity import Perplexity
     from .grammar import Matcher
 
@@ -168,15 +170,9 @@ class Model:
         """Continue one prompt, handing out the text while it is made: whole characters, together
         exactly what :meth:`generate` returns. Closing the iterator stops the work."""
         options = self._options(params, sampling)
-        prompts, many = split_prompts(prompt)
-        if many:
-            raise ArgumentError("stream takes one prompt; generate takes several")
-        if options.num_return_sequences != 1:
-            raise ArgumentError(
-                f"num_return_sequences is {options.num_return_sequences}; stream makes one"
-            )
-        tokens = self._tokens(prompts[0], options)
-        before = self._text(prompts[0]) if options.return_full_text else ""
+        refuse_several(prompt, options, "stream")
+        tokens = self._tokens(prompt, options)
+        before = self._text(prompt) if options.return_full_text else ""
         return self._stream(tokens, before, options)
 
     def _stream(self, tokens: list[int], before: str, options: SamplingParams) -> Iterator[str]:
@@ -185,6 +181,32 @@ class Model:
             yield before
         options = replace(options, seed=None, return_full_text=False)
         yield from session._generate(options, tokens)
+
+    @takes_sampling
+    def astream(
+        self, prompt: Prompt = "", *, params: SamplingParams | None = None, **sampling: Any
+    ) -> AsyncIterator[str]:
+        """:meth:`stream` for asyncio: ``async for piece in model.astream(...)``. All that are under
+        way at once are continued together, up to 64 of them, on a thread in the background."""
+        options = self._options(params, sampling)
+        refuse_several(prompt, options, "astream")
+        tokens = self._tokens(prompt, options)
+        before = self._text(prompt) if options.return_full_text else ""
+        return self._astream(tokens, before, replace(options, return_full_text=False))
+
+    async def _astream(
+        self, tokens: list[int], before: str, options: SamplingParams
+    ) -> AsyncIterator[str]:
+        if before:
+            yield before
+        async for piece in self._streams.stream(tokens, options):
+            yield piece
+
+    @cached_property
+    def _streams(self) -> Streams:
+        from .aio import Streams
+
+        return Streams(self)
 
     def logits(self, tokens: Prompt) -> npt.NDArray[np.float32]:
         """Scores of the next token after each of ``tokens``: float32 (n_tokens, vocab_size).
@@ -233,16 +255,19 @@ class Model:
         except TypeError:
             raise ArgumentError(f"blob is {type(blob).__name__}; it must be bytes") from None
 
-    def scheduler(self, max_sessions: int = 64, reserve_tokens: int = 0) -> Scheduler:
-        """A :class:`Scheduler`, which continues up to ``max_sessions`` texts together under a time
-        budget.
+    def scheduler(
+        self, max_sessions: int = 64, reserve_tokens: int = 0, background: bool = False
+    ) -> Scheduler:
+        """A :class:`Scheduler`, which continues up to ``max_sessions`` texts together: under a time
+        budget in :meth:`Scheduler.step`, or in the ``background``, on a thread of its own beside
+        which no more cores work than the model was opened with (``n_threads``).
 
         Memory for the keys and values of ``reserve_tokens``, all texts together, is taken now, so
         that no frame has to wait for it; each takes ``info()["kv_bytes_per_token"]``, in blocks of
         32 tokens per text. What is taken beyond that is kept while the scheduler lives. Making
         one measures how long passes take, for some milliseconds. Raises MemoryError.
         """
-        return Scheduler(self, max_sessions, reserve_tokens)
+        return Scheduler(self, max_sessions, reserve_tokens, background)
 
     def _options(self, params: SamplingParams | None, sampling: dict[str, Any]) -> SamplingParams:
         if params is not None and not isinstance(params, SamplingParams):

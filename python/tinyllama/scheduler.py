@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +26,13 @@ class Request(_core.Request):
     end token. ``finish_reason``: None while it goes on; then "stop" (the model ended the text, or a
     stop string was met), "length", "cancelled", "deadline", or "error" (see :attr:`error`).
     ``cancel()`` ends it before the next piece of work, also while its prompt is read; ``pause()``
-    lets it rest from then on, until ``resume()``: any thread may call these. All else, the session
-    as well, is for the thread that steps, between its steps.
+    lets it rest from then on, until ``resume()``. Any thread may use all of it but the session,
+    which is for the thread that steps, between its steps: in the background, nobody's until the
+    request has ended.
     """
 
     session: Session
+    _background: weakref.ref[_core.Background] | None = None
 
     def __repr__(self) -> str:
         return f"<tinyllama.Request: {len(self.tokens)} tokens, {self.finish_reason or 'live'}>"
@@ -38,7 +41,23 @@ class Request(_core.Request):
         """Like :meth:`Session.save`, with all that the request still has to do: the options, what
         was drawn, how long to the deadline. For :meth:`Scheduler.restore`. Raises ArgumentError for
         one that ended with an error."""
+        if background := self._background and self._background():
+            return background.save(self, cache)
         return super().save(cache)
+
+    def cancel(self) -> None:
+        """End it."""
+        super().cancel()
+        self._wake()
+
+    def resume(self) -> None:
+        """Let it go on."""
+        super().resume()
+        self._wake()
+
+    def _wake(self) -> None:
+        if background := self._background and self._background():
+            background.wake()
 
     @property
     def done(self) -> bool:
@@ -58,16 +77,34 @@ class Request(_core.Request):
 class Scheduler:
     """Continues many texts of one model together, each as if it were alone: the same tokens,
     whatever runs beside it, however time is cut. Used by one thread at a time; a second one gets
-    BusyError. Made by :meth:`Model.scheduler`."""
+    BusyError. Made by :meth:`Model.scheduler`.
 
-    def __init__(self, model: Model, max_sessions: int = 64, reserve_tokens: int = 0) -> None:
+    In the background it works on a thread of its own, which sleeps while there is nothing to do;
+    :meth:`step` then only delivers, and any thread may use it. It is stopped, and what has not
+    ended is cancelled, by :meth:`close`, by leaving a ``with`` block, or with the last reference.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        max_sessions: int = 64,
+        reserve_tokens: int = 0,
+        background: bool = False,
+    ) -> None:
         self.model = model
-        self._core = _core.Scheduler(
+        arguments = (
             model._core,
             as_int("max_sessions", max_sessions, 1),
             as_int("reserve_tokens", reserve_tokens),
         )
-        self._core.warm_up()
+        self._core: _core.Scheduler | _core.Background | None
+        if background:
+            self._core = _core.Background(*arguments)
+            # Before the interpreter ends, too: the thread may need it.
+            self._stop = weakref.finalize(self, self._core.stop)
+        else:
+            self._core = _core.Scheduler(*arguments)
+            self._core.warm_up()
         self._live: set[Request] = set()  # what events name, whether anybody else holds it or not
 
     @takes_sampling
@@ -121,9 +158,38 @@ class Scheduler:
 
     def _submit(self, request: Request, session: Session) -> Request:
         request.session = session
-        self._core.submit(request)
+        core = self._open()
+        if isinstance(core, _core.Background):
+            request._background = weakref.ref(core)
         self._live.add(request)
+        try:
+            core.submit(request)
+        except Exception:
+            self._live.discard(request)
+            raise
         return request
+
+    def _open(self) -> _core.Scheduler | _core.Background:
+        if self._core is None:
+            raise ArgumentError("the scheduler is closed")
+        return self._core
+
+    def close(self) -> None:
+        """Stop, and cancel what has not ended. Its sessions are free again."""
+        for request in list(self._live):
+            request.cancel()
+        if isinstance(self._core, _core.Background):
+            self._stop()
+        elif self._core is not None:
+            self.step(0)
+        self._core = None
+        self._live.clear()
+
+    def __enter__(self) -> Scheduler:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def restore(self, blob: bytes) -> Request:
         """Queue a request that :meth:`Request.save` saved: it goes on where it was, as it would
@@ -141,10 +207,13 @@ class Scheduler:
         begun that would, by what such pieces have cost so far, not be over in time; a pass through
         the model that does not fit goes on in the next step. 0 only ends what was cancelled or is
         too late. None: work until some request has drawn a token or ended.
+
+        In the background: what has come since the last call, at once; with None, as soon as there
+        is something, or nothing left that could come.
         """
         if budget_ms is not None and not 0 <= budget_ms < math.inf:
             raise ArgumentError(f"budget_ms is {budget_ms}; it must be 0 or more")
-        events = self._core.step(budget_ms)
+        events = self._open().step(budget_ms)
         for event in events:
             if event.done:
                 self._live.discard(event.request)
@@ -158,4 +227,4 @@ class Scheduler:
         milliseconds spent_ms in them; next_piece_ms: what the next piece is thought to take (a
         budget below that does nothing); kv_bytes: memory for keys and values in use, by all
         sessions of the model, a part that several share counted once."""
-        return self._core.stats
+        return self._open().stats
