@@ -86,6 +86,13 @@ void Background::submit(std::shared_ptr<Request> request) {
     if (stopping_.load()) throw Error(Status::invalid_argument, "the scheduler was stopped");
     incoming_.reserve(incoming_.size() + 1);
     hold(request->session(), this);
+    try {
+        const ActingFor acting(this);
+        request->begin();
+    } catch (...) {
+        let_go(request->session());
+        throw;
+    }
     incoming_.push_back(std::move(request));
     n_live_ += 1;
     woken_ = true;

@@ -169,6 +169,9 @@ void bind_text(py::module_& m) {
     py::class_<StreamDecoder, std::shared_ptr<StreamDecoder>>(m, "StreamDecoder")
         .def(py::init<const Tokenizer&, bool>(), py::arg("tokenizer"), py::arg("at_start"),
              py::keep_alive<1, 2>())
+        .def(
+            "copy", [](const StreamDecoder& self) { return std::make_shared<StreamDecoder>(self); },
+            py::keep_alive<0, 1>())
         .def("push", &StreamDecoder::push, py::arg("token"))
         .def("finish", &StreamDecoder::finish);
 }
@@ -199,6 +202,12 @@ void bind_model(py::module_& m) {
              py::arg("path") = py::none(), py::arg("data") = py::none(), py::arg("name") = "",
              py::arg("n_threads") = 0, py::arg("isa") = "", py::arg("kv_dtype") = "",
              py::arg("max_seq_len") = 0)
+        .def(
+            "spell",
+            [](const Model& self, const std::string& text, bool at_start) {
+                return self.token_trie().spell(text, at_start);
+            },
+            py::arg("text"), py::arg("at_start") = false)
         .def_property_readonly("tokenizer", &Model::tokenizer,
                                py::return_value_policy::reference_internal)
         .def_property_readonly("config", &config_dict)

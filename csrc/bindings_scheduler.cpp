@@ -25,10 +25,18 @@ using Tokens = std::vector<std::int32_t>;
 // A thread that works may hold what is waited for, and need the GIL.
 using release = py::call_guard<py::gil_scoped_release>;
 
-py::tuple restore_blob(const std::shared_ptr<Model>& model, const py::buffer& blob) {
-    const py::buffer_info info = blob.request();
-    const auto size = static_cast<std::size_t>(info.size * info.itemsize);
-    const Restored restored = restore(model, {static_cast<const std::uint8_t*>(info.ptr), size});
+py::tuple restore_blob(const std::shared_ptr<Model>& model, const py::object& blob) {
+    struct View : Py_buffer {
+        explicit View(const py::object& object) {
+            if (PyObject_GetBuffer(object.ptr(), this, PyBUF_SIMPLE) != 0)
+                throw py::error_already_set();
+        }
+        View(const View&) = delete;
+        View& operator=(const View&) = delete;
+        ~View() { PyBuffer_Release(this); }
+    } const view(blob);
+    const Restored restored = restore(
+        model, {static_cast<const std::uint8_t*>(view.buf), static_cast<std::size_t>(view.len)});
     py::object decoder = py::none(), request = py::none();
     if (restored.decoder) decoder = py::cast(std::make_shared<StreamDecoder>(*restored.decoder));
     if (restored.request) request = py::cast(*restored.request);
@@ -94,6 +102,25 @@ std::vector<RequestEvent> with_python(std::vector<Outcome> outcomes) {
     return result;
 }
 
+// Runs what calls Python, with the GIL. Of an exception its message alone is kept: it would hold on
+// to the frames that it came through, and so to the request that it ended. An interrupt comes again
+// where it is waited for.
+template <typename F>
+auto in_python(const F& call) {
+    const py::gil_scoped_acquire gil;
+    std::string message;
+    try {
+        return call();
+    } catch (const py::error_already_set& error) {
+        message = py::str(error.value()).cast<std::string>();
+        if (!error.matches(PyExc_Exception)) {
+            PyErr_SetInterrupt();
+            message = "interrupted";
+        }
+    }
+    throw Error(Status::invalid_argument, message);
+}
+
 // A Python object with the methods of a Constraint; see Matcher in grammar.py.
 class PythonConstraint : public Constraint {
 public:
@@ -106,9 +133,9 @@ public:
     }
 
     void find_allowed(Allowed* allowed) override {
-        const py::gil_scoped_acquire gil;
+        using Found = std::pair<std::string, bool>;
         const auto [mask, end] =
-            matcher_.attr("find_allowed")().cast<std::pair<std::string, bool>>();
+            in_python([&] { return matcher_.attr("find_allowed")().cast<Found>(); });
         allowed->tokens.clear();
         allowed->end = end;
         for (std::size_t i = 0; i < 8 * mask.size(); ++i) {
@@ -118,12 +145,10 @@ public:
         }
     }
     std::vector<std::int32_t> find_forced() override {
-        const py::gil_scoped_acquire gil;
-        return matcher_.attr("find_forced")().cast<Tokens>();
+        return in_python([&] { return matcher_.attr("find_forced")().cast<Tokens>(); });
     }
     void accept(std::int32_t token) override {
-        const py::gil_scoped_acquire gil;
-        matcher_.attr("accept")(token);
+        in_python([&] { matcher_.attr("accept")(token); });
     }
 
 private:

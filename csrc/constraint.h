@@ -34,8 +34,11 @@ public:
 class TokenTrie {
 public:
     explicit TokenTrie(const Tokenizer& tokenizer);
-    // Appends all tokens that `text` begins with.
+    // Appends all tokens that `text` begins with, the longest last.
     void find_beginnings(std::string_view text, std::vector<std::int32_t>* tokens) const;
+    // Tokens that show as exactly this text: as the tokenizer encodes it, where that keeps every
+    // byte; else the longest that fit, one after the other. Empty where the vocabulary has none.
+    std::vector<std::int32_t> spell(std::string_view text, bool at_start) const;
 
 private:
     const Tokenizer& tokenizer_;
@@ -47,17 +50,21 @@ class Choices : public Constraint {
 public:
     // `at_start`: see Tokenizer::encode. Throws Error(invalid_argument) when there is none, or one
     // is empty.
-    Choices(const Tokenizer& tokenizer, const TokenTrie& trie,
-            const std::vector<std::string>& choices, bool at_start);
+    Choices(const Tokenizer& tokenizer, const TokenTrie& trie, std::vector<std::string> choices,
+            bool at_start);
     void find_allowed(Allowed* allowed) override;
     std::vector<std::int32_t> find_forced() override;
     void accept(std::int32_t token) override;
 
 private:
+    // What a token shows as here.
+    std::string shown(std::int32_t token) const;
+
     const Tokenizer& tokenizer_;
     const TokenTrie& trie_;
     std::vector<std::string> left_;  // of the choices, those that are still possible
     std::size_t n_written_ = 0;      // bytes of them
+    bool at_start_;
 };
 
 }  // namespace tinyllama

@@ -22,6 +22,7 @@ Request::Request(std::shared_ptr<Session> session, const std::vector<std::int32_
                  Limits limits, std::optional<std::int32_t> n_top, Urgency urgency, Form form,
                  std::unique_ptr<Constraint> constraint)
     : session_(std::move(session)),
+      prompt_(prompt),
       decoder_(std::move(decoder)),
       first_decoder_(*decoder_),
       params_(params),
@@ -31,12 +32,26 @@ Request::Request(std::shared_ptr<Session> session, const std::vector<std::int32_
       form_(std::move(form)),
       constraint_(std::move(constraint)) {
     prepare();
-    append_prompt(prompt);
+}
+
+void Request::begin() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (std::exchange(begun_, true)) return;
+    try {
+        append_prompt();
+    } catch (...) {
+        begun_ = false;
+        throw;
+    }
+    prompt_ = {};
     params_.n_prompt_tokens = early_params_.n_prompt_tokens = session_->n_tokens();
-    if (params_.n_prompt_tokens == 0)
-        throw Error(Status::invalid_argument, "there is nothing to continue: the session is empty");
-    if (make_room() && limits_.max_new_tokens.value_or(1) <= 0) end(Ending::length);
-    constrain();
+    try {
+        if (make_room() && limits_.max_new_tokens.value_or(1) <= 0) end(Ending::length);
+        constrain();
+    } catch (...) {
+        error_ = std::current_exception();
+        end(Ending::error);
+    }
 }
 
 // Checks the options, and derives what follows from them.
@@ -77,13 +92,15 @@ RequestState Request::state() const {
     state.tokens = tokens_;
     state.n_taken = n_taken_;
     state.ending = ending_;
-    state.paused = paused();
+    state.n_reported = n_reported_;
+    state.wish = wish_.load();
     return state;
 }
 
 Request::Request(std::shared_ptr<Session> session, const RequestState& state,
                  std::unique_ptr<Constraint> constraint)
     : session_(std::move(session)),
+      begun_(true),
       decoder_(std::make_shared<StreamDecoder>(session_->model().tokenizer(), state.at_start,
                                                state.pending)),
       first_decoder_(*decoder_),
@@ -92,27 +109,35 @@ Request::Request(std::shared_ptr<Session> session, const RequestState& state,
       form_(state.form),
       constraint_(std::move(constraint)),
       tokens_(state.tokens),
-      n_reported_(state.tokens.size()) {
-    prepare();
+      wish_(state.wish),
+      n_reported_(state.n_reported) {
+    try {
+        prepare();
+        for (const std::int32_t token : tokens_) {
+            if (ending_ != Ending::none) break;
+            if (constraint_ != nullptr) constraint_->accept(token);
+            append(decoder_->push(token));
+        }
+        if (ending_ == Ending::none && state.ending == Ending::stop) finish_text();
+        if (ending_ == Ending::none && state.ending != Ending::none) end(state.ending);
+        constrain();
+    } catch (const Error& error) {
+        throw Error(Status::format_error,
+                    std::string("the saved request cannot go on: ") + error.what());
+    }
+    if (ending_ != state.ending || state.n_taken > n_certain_ || n_reported_ > tokens_.size())
+        throw Error(Status::format_error, "the saved request contradicts itself");
+    n_taken_ = state.n_taken;
     urgency_.priority = state.priority;
     if (state.time_left)
         urgency_.deadline =
             Clock::now() + std::chrono::duration_cast<Clock::duration>(*state.time_left);
-    for (const std::int32_t token : tokens_) {
-        if (ending_ != Ending::none) break;
-        if (constraint_ != nullptr) constraint_->accept(token);
-        append(decoder_->push(token));
-    }
-    if (ending_ == Ending::none && state.ending == Ending::stop) finish_text();
-    if (ending_ == Ending::none && state.ending != Ending::none) end(state.ending);
-    if (ending_ == Ending::none) constrain();
-    if (state.n_taken > n_certain_ || ending_ != state.ending || session_->n_tokens() == 0)
-        throw Error(Status::invalid_argument, "the state of the request contradicts itself");
-    n_taken_ = state.n_taken;
-    if (state.paused) pause();
 }
 
-void Request::append_prompt(const std::vector<std::int32_t>& prompt) {
+void Request::append_prompt() {
+    const std::vector<std::int32_t>& prompt = prompt_;
+    if (prompt.empty() && session_->n_tokens() == 0)
+        throw Error(Status::invalid_argument, "there is nothing to continue: the session is empty");
     const Overflow policy = limits_.on_overflow;
     if (policy == Overflow::stop || policy == Overflow::error) {
         session_->append(prompt);
@@ -243,9 +268,15 @@ void Request::add(std::int32_t token) {
 // what has to follow is drawn, token by token: from one alone.
 void Request::constrain() {
     if (constraint_ == nullptr || ending_ != Ending::none) return;
+    const auto& ends = limits_.end_tokens;
+    const auto is_wrong = [&](std::int32_t token) {
+        return token >= session_->model().config().vocab_size ||
+               std::find(ends.begin(), ends.end(), token) != ends.end();
+    };
     if (n_top_ && !forced_.empty()) forced_.erase(forced_.begin());  // it was drawn
     while (forced_.empty()) {
         forced_ = constraint_->find_forced();
+        forced_.erase(std::find_if(forced_.begin(), forced_.end(), is_wrong), forced_.end());
         if (forced_.empty() || n_top_) break;
         for (const std::int32_t token : std::exchange(forced_, {})) {
             add(token);
@@ -258,11 +289,6 @@ void Request::constrain() {
     }
     constraint_->find_allowed(&allowed_);
     std::vector<std::int32_t>& tokens = allowed_.tokens;
-    const auto& ends = limits_.end_tokens;
-    const auto is_wrong = [&](std::int32_t token) {
-        return token >= session_->model().config().vocab_size ||
-               std::find(ends.begin(), ends.end(), token) != ends.end();
-    };
     tokens.erase(std::remove_if(tokens.begin(), tokens.end(), is_wrong), tokens.end());
     if (tokens.empty() && allowed_.end) {
         finish_text();

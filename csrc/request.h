@@ -63,6 +63,9 @@ struct TokenLogprob {
 
 enum class Ending : std::uint8_t { none, stop, length, cancelled, deadline, error };
 
+// What it was told last.
+enum class Wish : std::uint8_t { run, pause, end };
+
 // All there is to a request beside its session; what its tokens made is found by decoding them.
 struct RequestState {
     SamplingParams params;
@@ -75,27 +78,32 @@ struct RequestState {
     std::vector<std::int32_t> tokens;  // drawn
     std::size_t n_taken = 0;           // bytes of the text that were taken
     Ending ending = Ending::none;
-    bool paused = false;
+    std::size_t n_reported = 0;  // tokens of which there were events
+    Wish wish = Wish::run;
 };
 
 // One text being continued: a session, and what was made of it. What others see of it, and
 // cancel(), pause() and resume(), are for any thread; the session for the one that steps.
 class Request {
 public:
-    // Appends `prompt` to the session. `decoder` is the text so far. With n_top, every token's
-    // log-probability is kept, and those of the n_top likeliest. `constraint` is needed for a form
-    // of another kind than choices. Throws what Session::append does, and Error(invalid_argument)
-    // for options out of range.
+    // `prompt` is appended to the session when it is submitted. `decoder` is the text so far. With
+    // n_top, every token's log-probability is kept, and those of the n_top likeliest. `constraint`
+    // is needed for a form of another kind than choices. Throws Error(invalid_argument) for options
+    // out of range.
     Request(std::shared_ptr<Session> session, const std::vector<std::int32_t>& prompt,
             std::shared_ptr<StreamDecoder> decoder, const SamplingParams& params, Limits limits,
             std::optional<std::int32_t> n_top = std::nullopt, Urgency urgency = {}, Form form = {},
             std::unique_ptr<Constraint> constraint = nullptr);
 
     // One that goes on where another was when its state was taken, log-probabilities left out. The
-    // session is as it was, too. Throws Error(invalid_argument) for a state that no request has.
+    // session is as it was, too. Throws Error(format_error) for a state that no request has.
     Request(std::shared_ptr<Session> session, const RequestState& state,
             std::unique_ptr<Constraint> constraint = nullptr);
     RequestState state() const;
+
+    // Appends the prompt, and what has to follow it; nothing the second time. Throws what
+    // Session::append does, and nothing is changed; of what goes wrong later the request ends.
+    void begin();
     Session& session() const { return *session_; }
     const std::shared_ptr<StreamDecoder>& decoder() const { return decoder_; }
 
@@ -121,11 +129,9 @@ public:
 
 private:
     friend class Scheduler;
-    enum class Wish : std::uint8_t { run, pause, end };
-
     Draw next_draw() const;
     void prepare();
-    void append_prompt(const std::vector<std::int32_t>& prompt);
+    void append_prompt();
     bool make_room();
     void accept(std::int32_t token);
     void add(std::int32_t token);
@@ -135,6 +141,8 @@ private:
     void end(Ending ending);
 
     std::shared_ptr<Session> session_;
+    std::vector<std::int32_t> prompt_;
+    bool begun_ = false;
     std::shared_ptr<StreamDecoder> decoder_;
     StreamDecoder first_decoder_;  // as it was before the first token
     SamplingParams params_;
@@ -155,8 +163,9 @@ private:
     Ending ending_ = Ending::none;
     std::exception_ptr error_;
     std::atomic<Wish> wish_{Wish::run};
-    std::uint64_t id_ = 0;  // in the order of submission
-    std::uint64_t last_turn_ = 0;
+    std::uint64_t id_ = 0;             // in the order of submission
+    std::uint64_t last_turn_ = 0;      // in which it took part, and
+    std::uint64_t admitted_ = 0;       // in which it could have
     std::shared_ptr<Request> source_;  // has the same beginning, and has read it or will before
     std::size_t n_reported_ = 0;       // tokens of which there were events
     bool announced_ = false;           // that it ended

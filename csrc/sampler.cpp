@@ -338,7 +338,6 @@ std::int32_t draw_allowed(const KernelTable& kernels, Buffers& buffers, const Lo
     };
     std::vector<std::int32_t> tokens, whole;
     std::copy_if(allowed.begin(), allowed.end(), std::back_inserter(tokens), is_possible);
-    if (tokens.size() == 1) return tokens[0];
     if (text != nullptr) {
         std::copy_if(tokens.begin(), tokens.end(), std::back_inserter(whole),
                      [&](std::int32_t token) { return text->keeps_whole(token); });
@@ -387,6 +386,7 @@ std::int32_t sample(const KernelTable& kernels, Logits& logits,
                     const std::vector<std::int32_t>& history, const SamplingParams& params,
                     RandomState& random, const StreamDecoder* text,
                     const std::vector<std::int32_t>* allowed) {
+    if (allowed != nullptr && allowed->size() == 1) return allowed->front();
     const bool greedy = params.temperature == 0.0f || params.top_k == 1 || params.top_p == 0.0f;
     if (greedy && allowed == nullptr && !adjusts(params)) {
         const std::int32_t token = find_largest(logits);

@@ -38,10 +38,10 @@ struct RandomState {
 // Draws a token from logits, all finite; they are changed and put back. Order: logit_bias, banned,
 // penalties, what is not allowed, temperature, top-k, top-p, min-p, each on what the one before
 // left, as transformers does. `allowed`: the only tokens that may be drawn, ascending; null: all.
-// Of one alone nothing is drawn: the random state stays. Probabilities are computed to about 3e-7;
-// what is less likely than 1e-38 times the likeliest is never drawn. `history` is the whole
-// timeline. With `text`, which shows what was generated so far, tokens that would break a character
-// are never drawn. Throws Error(invalid_argument) when no token is left.
+// One alone is not drawn: the random state stays, and no ban counts. Probabilities are computed to
+// about 3e-7; what is less likely than 1e-38 times the likeliest is never drawn. `history` is the
+// whole timeline. With `text`, which shows what was generated so far, tokens that would break a
+// character are never drawn. Throws Error(invalid_argument) when no token is left.
 std::int32_t sample(const KernelTable& kernels, Logits& logits,
                     const std::vector<std::int32_t>& history, const SamplingParams& params,
                     RandomState& random, const StreamDecoder* text = nullptr,

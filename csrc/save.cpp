@@ -10,6 +10,7 @@
 
 #include "byte_reader.h"
 #include "hash.h"
+#include "utf8.h"
 
 namespace tinyllama {
 namespace {
@@ -178,6 +179,19 @@ void write_decoder(Writer& out, const StreamDecoder& decoder) {
     out.string(decoder.pending());
 }
 
+Form read_form(Reader& in) {
+    Form form;
+    form.kind = in.string();
+    form.texts = read_strings(in);
+    const std::size_t n = form.texts.size();
+    bool known = form.kind.empty() ? n == 0 : form.kind == "choices" && n > 0;
+    for (const char* kind : {"regex", "json_schema", "grammar"})
+        known = known || (form.kind == kind && n == 1);
+    if (!known || !std::all_of(form.texts.begin(), form.texts.end(), is_utf8))
+        refuse("holds a form that is not known");
+    return form;
+}
+
 // Drawn tokens that end the timeline, as they do unless somebody put others there, are counted.
 void write_request(Writer& out, const RequestState& state,
                    const std::vector<std::int32_t>& timeline, std::size_t token_size) {
@@ -200,7 +214,8 @@ void write_request(Writer& out, const RequestState& state,
     }
     out.count(state.n_taken);
     out.number(static_cast<std::uint8_t>(state.ending));
-    out.number(static_cast<std::uint8_t>(state.paused));
+    out.count(state.n_reported);
+    out.number(static_cast<std::uint8_t>(state.wish));
 }
 
 RequestState read_request(Reader& in, const std::vector<std::int32_t>& timeline,
@@ -208,8 +223,7 @@ RequestState read_request(Reader& in, const std::vector<std::int32_t>& timeline,
     RequestState state;
     state.params = read_params(in);
     state.limits = read_limits(in);
-    state.form.kind = in.string();
-    state.form.texts = read_strings(in);
+    state.form = read_form(in);
     state.priority = in.number<std::int32_t>();
     const auto time_left = in.number<double>();
     if (std::fabs(time_left) < 1e9) state.time_left = Seconds(time_left);
@@ -225,8 +239,18 @@ RequestState read_request(Reader& in, const std::vector<std::int32_t>& timeline,
     state.n_taken = in.number<std::uint32_t>();
     state.ending = static_cast<Ending>(in.number<std::uint8_t>());
     if (state.ending >= Ending::error) refuse("holds a wrong value");
-    state.paused = in.boolean();
+    state.n_reported = in.number<std::uint32_t>();
+    state.wish = static_cast<Wish>(in.number<std::uint8_t>());
+    if (state.wish > Wish::end) refuse("holds a wrong value");
     return state;
+}
+
+// Where the text of a request stands.
+StreamDecoder decoder_of(const RequestState& state, const Tokenizer& tokenizer) {
+    StreamDecoder decoder(tokenizer, state.at_start, state.pending);
+    for (const std::int32_t token : state.tokens)
+        decoder.push(token);
+    return decoder;
 }
 
 std::string finished(const Model& model, std::uint8_t parts, const std::string& body) {
@@ -349,8 +373,10 @@ Restored restore(const std::shared_ptr<const Model>& model, ByteSpan blob) {
         const bool at_start = in.boolean();
         result.decoder.emplace(model->tokenizer(), at_start, in.string());
     }
-    if ((parts & has_request) != 0)
+    if ((parts & has_request) != 0) {
         result.request = read_request(in, result.session->tokens(), token_bytes(*model));
+        result.decoder = decoder_of(*result.request, model->tokenizer());
+    }
     if ((parts & has_cache) != 0) SavedSession::read_cache(in, *result.session);
     in.finish();
     return result;

@@ -97,6 +97,7 @@ void Scheduler::submit(std::shared_ptr<Request> request) {
             throw Error(Status::invalid_argument,
                         "the session is in this scheduler already, with a request that goes on");
     }
+    request->begin();
     known_.erase(std::remove_if(known_.begin(), known_.end(),
                                 [&](const auto& weak) {
                                     const std::shared_ptr<Request> other = weak.lock();
@@ -202,14 +203,14 @@ void Scheduler::obey() {
             if (!request->announced_) announce(request);  // there was nothing to do
             continue;
         }
-        const Request::Wish wish = request->wish_.load();
-        if (wish == Request::Wish::end) {
+        const Wish wish = request->wish_.load();
+        if (wish == Wish::end) {
             leave(*request);
             finish(request, Ending::cancelled);
         } else if (request->urgency_.deadline <= now) {
             leave(*request);
             finish(request, Ending::deadline);
-        } else if (wish == Request::Wish::pause) {
+        } else if (wish == Wish::pause) {
             leave(*request);
         }
     }
@@ -292,7 +293,7 @@ void Scheduler::choose(Budget& budget) {
     for (const auto& request : live_) {
         if (request->ending_ != Ending::none) continue;
         if (request->last_turn_ > 0) --places;
-        if (request->wish_.load() == Request::Wish::run) order_.push_back(request);
+        if (request->wish_.load() == Wish::run) order_.push_back(request);
     }
     std::sort(order_.begin(), order_.end(), [](const auto& a, const auto& b) {
         const Urgency &x = a->urgency_, &y = b->urgency_;
@@ -305,6 +306,8 @@ void Scheduler::choose(Budget& budget) {
                                     return request->last_turn_ == 0 && places-- <= 0;
                                 }),
                  order_.end());
+    for (const auto& request : order_)
+        request->admitted_ = turn_;
     const auto largest = static_cast<std::int64_t>(max_rows);
     std::int64_t room = largest, n_positions = 0, n_tokens = 0;
     for (const auto& request : order_)
@@ -322,6 +325,7 @@ void Scheduler::choose(Budget& budget) {
     const std::int64_t kept = !order_.empty() && order_.front()->session_->n_unread() > 1 ? 1 : 0;
     for (const auto& request : order_) {
         const std::int64_t n_unread = request->session_->n_unread();
+        if (n_unread <= 1) request->source_ = nullptr;
         if (n_unread == 0) {
             request->last_turn_ = turn_;
             drawing_.push_back(request);
@@ -356,7 +360,7 @@ std::shared_ptr<Request> Scheduler::find_source(const Request& request) {
         const std::shared_ptr<Request> other = weak.lock();
         if (other == nullptr || other->session_ == request.session_) continue;
         if (alone_ && other->ending_ != Ending::none) continue;
-        const SessionLock others(*other->session_, std::try_to_lock);
+        const SessionGlance others(*other->session_);
         if (!others.owns()) continue;
         std::size_t n = request.session_->n_in_common_with(*other->session_);
         if (!goes_on(*other) || other->id_ > request.id_) n = std::min(n, other->session_->n_read_);
@@ -386,9 +390,10 @@ bool Scheduler::share_beginning(Request& request, Budget& budget) {
     const std::shared_ptr<Request> source = request.source_;
     {
         Session &session = *request.session_, &other = *source->session_;
-        const SessionLock lock(session), others(other, std::try_to_lock);
+        const SessionLock lock(session);
+        const SessionGlance others(other);
         const std::size_t common = others.owns() ? session.n_in_common_with(other) : 0;
-        if (common > other.n_read_ && goes_on(*source)) return true;
+        if (common > other.n_read_ && is_waited_for(*source, request)) return true;
         std::size_t n = std::min(common, other.n_read_);
         const bool all = n == common;
         const Work copy{Work::Kind::copy, 1, 1};
@@ -411,14 +416,19 @@ bool Scheduler::share_beginning(Request& request, Budget& budget) {
             budget.untouched = false;
         }
         request.source_ = nullptr;
-        if (all || too_dear) return true;
+        if (all || too_dear || goes_on(*source)) return true;
     }
     request.source_ = find_source(request);
     return true;
 }
 
+// One that was submitted before and has its place: so nobody waits for himself, nor for a place.
+bool Scheduler::is_waited_for(const Request& source, const Request& request) const {
+    return goes_on(source) && source.id_ < request.id_ && source.admitted_ == turn_;
+}
+
 bool Scheduler::goes_on(const Request& request) {
-    return request.ending_ == Ending::none && request.wish_.load() == Request::Wish::run;
+    return request.ending_ == Ending::none && request.wish_.load() == Wish::run;
 }
 
 // Gives a request n rows; returns how many it has got. One that cannot have them ends.

@@ -129,6 +129,7 @@ private:
     void finish(const std::shared_ptr<Request>& request, Ending ending);
     void report(const std::shared_ptr<Request>& request);
     void announce(const std::shared_ptr<Request>& request);
+    bool is_waited_for(const Request& source, const Request& request) const;
     static bool goes_on(const Request& request);
     static bool may_draw(const Request& request);
     std::vector<std::shared_ptr<Request>> remove_ended();

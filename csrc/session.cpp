@@ -5,6 +5,7 @@
 #include <exception>
 #include <limits>
 #include <string>
+#include <thread>
 #include <utility>
 
 #include "parallel.h"
@@ -98,6 +99,26 @@ void hold(Session& session, const void* holder) {
 }
 
 void let_go(Session& session) { session.holder_.store(nullptr, std::memory_order_release); }
+
+SessionLock::SessionLock(Session& session) : session_(&session) {
+    while (!session.in_other_hands()) {
+        Session::Use seen = Session::Use::none;
+        if (session.use_.compare_exchange_strong(seen, Session::Use::lock)) {
+            if (!session.in_other_hands()) return;
+            session.use_.store(Session::Use::none);
+        }
+        if (seen == Session::Use::lock) break;
+        std::this_thread::yield();  // somebody glances at it
+    }
+    session_ = nullptr;
+    throw Error(Status::busy, "the session is in use by another thread");
+}
+
+SessionGlance::SessionGlance(Session& session) : session_(session), owns_(false) {
+    Session::Use none = Session::Use::none;
+    owns_ = !session.in_other_hands() &&
+            session.use_.compare_exchange_strong(none, Session::Use::glance);
+}
 
 ActingFor::ActingFor(const void* holder) : before_(std::exchange(acting_for, holder)) {}
 ActingFor::~ActingFor() { acting_for = before_; }

@@ -8,7 +8,6 @@
 #include <exception>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <utility>
 #include <vector>
 
@@ -67,6 +66,7 @@ private:
     friend void let_go(Session& session);
     friend void draw_each(std::vector<Draw>& draws);
     friend class SavedSession;
+    friend class SessionGlance;
     friend class SessionLock;
     friend class FeedTransaction;
     friend class Scheduler;
@@ -99,7 +99,8 @@ private:
     bool in_other_hands() const;
 
     Pass* pass_ = nullptr;  // that has rows of this session, and is not over
-    std::atomic<bool> in_use_{false};
+    enum class Use : std::uint8_t { none, lock, glance };
+    std::atomic<Use> use_{Use::none};
     std::atomic<const void*> holder_{nullptr};
 };
 
@@ -123,23 +124,32 @@ private:
 // Sessions are used by one thread at a time; a second one gets an error, not corruption.
 class SessionLock {
 public:
-    explicit SessionLock(Session& session) : SessionLock(session, std::try_to_lock) {
-        if (session_ == nullptr)
-            throw Error(Status::busy, "the session is in use by another thread");
-    }
-    SessionLock(Session& session, std::try_to_lock_t)
-        : session_(session.in_other_hands() || session.in_use_.exchange(true) ? nullptr
-                                                                              : &session) {}
-    bool owns() const { return session_ != nullptr; }
+    explicit SessionLock(Session& session);
     SessionLock(SessionLock&& other) noexcept : session_(std::exchange(other.session_, nullptr)) {}
     SessionLock(const SessionLock&) = delete;
     SessionLock& operator=(const SessionLock&) = delete;
     ~SessionLock() {
-        if (session_ != nullptr) session_->in_use_.store(false);
+        if (session_ != nullptr) session_->use_.store(Session::Use::none);
     }
 
 private:
     Session* session_;
+};
+
+// A short look at a session that another thread may want: it waits then, and gets no error.
+class SessionGlance {
+public:
+    explicit SessionGlance(Session& session);
+    SessionGlance(const SessionGlance&) = delete;
+    SessionGlance& operator=(const SessionGlance&) = delete;
+    ~SessionGlance() {
+        if (owns_) session_.use_.store(Session::Use::none);
+    }
+    bool owns() const { return owns_; }
+
+private:
+    Session& session_;
+    bool owns_;
 };
 
 // How one session draws its next token (see Session::sample), and what came of it.

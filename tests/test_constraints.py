@@ -1,9 +1,14 @@
 """Texts of a certain form: choices, regular expressions, JSON schemas, grammars."""
 
+import dataclasses
+import gc
 import json
 import math
 import re
+import signal
 import sys
+import time
+import weakref
 
 import jsonschema
 import numpy as np
@@ -13,6 +18,7 @@ import tinyllama
 from random_models import tiny_checkpoint, tiny_model
 from tinyllama import SamplingParams
 from tinyllama.errors import ArgumentError, ContextFullError, MissingExtraError
+from tinyllama.formats.gguf import gguf_bytes
 from tinyllama.reference import forward
 
 PROMPT = "the rain"
@@ -28,6 +34,11 @@ def model():
 @pytest.fixture(scope="module")
 def storyteller():
     return tinyllama.load(n_threads=1)
+
+
+def finish(scheduler):
+    while scheduler.stats()["n_live"]:
+        scheduler.step()
 
 
 # --- choices
@@ -263,6 +274,111 @@ def test_a_form_may_outgrow_the_context(model):
     assert session.finish_reason == "length"
     text = model.generate([1] * 298, choices=[" a long way home"], on_overflow="shift")
     assert text == " a long way home"
+
+
+def test_an_error_of_a_grammar_is_kept_as_a_message_only(model):
+    """A Python exception would hold on to the request that it ended, and all its memory."""
+    scheduler = model.scheduler()
+    # Too many items for llguidance, once it is under way.
+    request = scheduler.submit(PROMPT, grammar='start: "a" start', max_new_tokens=100)
+    finish(scheduler)
+    assert request.finish_reason == "error"
+    assert isinstance(request.error, ArgumentError)
+    assert str(request.error) == str(request.error)
+    gone = weakref.ref(request)
+    del request
+    gc.collect()
+    assert gone() is None
+    assert scheduler.stats()["kv_bytes"] == 0
+
+
+def test_an_interrupt_in_a_grammar_is_not_lost(model):
+    scheduler = model.scheduler()
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        for _ in range(5):
+            request = scheduler.submit(PROMPT, regex="[ab]{2500}", on_overflow="shift")
+            signal.setitimer(signal.ITIMER_REAL, 0.02)
+            with pytest.raises(KeyboardInterrupt):
+                while not request.done:
+                    scheduler.step(5)
+                time.sleep(1)
+            request.cancel()
+            scheduler.step(0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert model.generate(PROMPT, regex="[ab]{2}", seed=1) != ""
+
+
+def model_with(**changes):
+    checkpoint = tiny_checkpoint(max_seq_len=300)
+    vocabulary = dataclasses.replace(checkpoint.vocabulary, **changes)
+    return tinyllama.load(gguf_bytes(dataclasses.replace(checkpoint, vocabulary=vocabulary)))
+
+
+@pytest.mark.parametrize("prompt", ["", PROMPT])
+@pytest.mark.parametrize("text", ["a\u2581b", "a  b", " a", "a ", "x"])
+@pytest.mark.parametrize("spaces", [False, True])
+def test_every_byte_of_a_form_is_kept(prompt, text, spaces):
+    """Also those that the tokenizer would write otherwise."""
+    model = model_with(remove_extra_whitespaces=spaces)
+    assert model.generate(prompt, choices=[text]) == text
+    assert model.generate(prompt, choices=[text, "#"], logit_bias={3 + ord("#"): -1e4}) == text
+    assert model.generate(prompt, regex=text + "!?") in (text, text + "!")
+    for temperature in (1.0, 100.0):
+        texts = model.generate([prompt] * 30, choices=[text, "two"], temperature=temperature)
+        assert set(texts) <= {text, "two"}
+
+
+def test_a_vocabulary_without_an_end_token():
+    pieces = ("z", *tiny_checkpoint().vocabulary.pieces[1:])
+    types = tiny_checkpoint().vocabulary.types.copy()
+    types[0] = types[-1]
+    model = model_with(eos_id=None, unk_id=None, pieces=pieces, types=types)
+    for text in model.generate([PROMPT] * 30, regex="[ab]{1,9}", temperature=3.0):
+        assert re.fullmatch("[ab]{1,9}", text)
+    for text in model.generate([PROMPT] * 30, regex="z[ab]z", temperature=3.0):
+        assert re.fullmatch("z[ab]z", text)
+
+
+def test_what_can_only_follow_in_one_way_meets_no_ban(model):
+    """With log-probabilities as without."""
+    options = {"choices": [" only one"], "logit_bias": dict.fromkeys(range(3, 300), -math.inf)}
+    assert model.generate(PROMPT, **options) == " only one"
+    assert model.complete(PROMPT, logprobs=0, **options).text == " only one"
+    assert model.generate(PROMPT, choices=[" go", " go"], seed=1) == " go"
+
+
+def test_a_request_that_is_refused_leaves_its_session(model):
+    session = model.session(seed=1)
+    session.append(PROMPT)
+    scheduler = model.scheduler()
+    scheduler.submit(session, max_new_tokens=5)
+    before = session.save()
+    for options in ({"choices": [" only one"]}, {"on_overflow": "truncate", "max_new_tokens": 295}):
+        with pytest.raises(ArgumentError, match="in this scheduler already"):
+            scheduler.submit(session, **options)
+    with pytest.raises(ArgumentError, match="another model"):
+        tiny_model().scheduler().submit(session, choices=[" only one"])
+    with pytest.raises(ArgumentError, match="n_keep is 1000"):
+        scheduler.submit(session, regex="[ab]", on_overflow="shift", n_keep=1000)
+    assert session.save() == before
+
+
+def test_text_after_a_form_is_shown_as_ever(storyteller):
+    session = storyteller.session(seed=1)
+    assert "".join(session.generate(regex="(abc)?", logit_bias={2: 1e4})) == ""
+    text = "".join(session.generate(max_new_tokens=5, temperature=0))
+    assert text == session.text
+
+
+def test_a_form_begins_with_whole_characters(model):
+    first = 3 + "é".encode()[0]
+    for options in ({"choices": [" go"]}, {"regex": " go"}):
+        session = model.session(seed=1)
+        session.append(PROMPT)
+        assert "".join(session.generate(max_new_tokens=1, logit_bias={first: 1e4})) == ""
+        assert "".join(session.generate(**options)) == " go"
 
 
 # --- 1,000 generations, all valid

@@ -177,6 +177,28 @@ def test_what_was_asked_of_a_request_is_saved(model):
     assert [event.request for event in scheduler.step(0)] == [ended]
 
 
+def test_events_go_on_where_they_were(model):
+    """Tokens that nobody has heard of when a request is saved come with the restored one."""
+    scheduler = model.scheduler()
+    request = scheduler.submit("the rain", choices=["abc one", "abc two"])
+    for saved_early in (request, scheduler.submit("the rain", choices=["only one"])):
+        again = model.scheduler()
+        restored = again.restore(saved_early.save())
+        tokens = []
+        while not restored.done or again.stats()["n_live"]:
+            tokens += [token for event in again.step() for token in event.tokens]
+        assert tokens == restored.tokens
+
+
+def test_a_wish_is_saved(model):
+    scheduler = model.scheduler()
+    request = scheduler.submit([1, 5], params=STORY)
+    request.cancel()
+    again = scheduler.restore(request.save())
+    scheduler.step(0)
+    assert again.finish_reason == "cancelled"
+
+
 def test_what_ended_in_error_and_what_is_no_request_is_refused(model):
     scheduler = model.scheduler()
     request = scheduler.submit([1] * 60, params=STORY, on_overflow="error")
@@ -185,8 +207,9 @@ def test_what_ended_in_error_and_what_is_no_request_is_refused(model):
         request.save()
     with pytest.raises(ArgumentError, match="a session was saved, not a request"):
         scheduler.restore(request.session.save())
-    with pytest.raises(ArgumentError, match="blob is str; it must be bytes"):
-        model.restore("TLSAVE")
+    for wrong in ("TLSAVE", np.zeros(64, np.uint8)[::2]):
+        with pytest.raises(ArgumentError, match=r"blob is .*; it must be bytes"):
+            model.restore(wrong)
 
 
 def saved(model):

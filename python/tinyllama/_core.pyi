@@ -42,6 +42,7 @@ class Tokenizer:
 
 class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, at_start: bool) -> None: ...
+    def copy(self) -> StreamDecoder: ...
     def push(self, token: int) -> str: ...
     def finish(self) -> str: ...
 
@@ -77,6 +78,8 @@ class Model:
     def config(self) -> dict[str, Any]:
         """dim, hidden_dim, n_layers, n_heads, n_kv_heads, head_dim, vocab_size, max_seq_len,
         rope_theta, norm_eps, tie_embeddings, rope_factors (list of floats)"""
+    def spell(self, text: str | bytes, at_start: bool = ...) -> list[int]:
+        """Tokens that show as exactly this text; none where the vocabulary has none."""
     @property
     def info(self) -> dict[str, Any]:
         """path, dtype, isa, n_threads, parameters, bytes (of weights), kv_bytes_per_token"""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from . import _core
+from .errors import ArgumentError
 from .sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class Completion:
     tokens are still here. ``logprobs``: one TokenLogprob per token, or None when not asked for.
     ``finish_reason``: "stop" (the model ended the text, or a stop string was met) or "length"
     (max_new_tokens, or the context is full). ``seed``: alone, gives this very text again.
-    ``choices``: where those were given, each with its probability, else None.
+    ``choices``: where those were given, each with its probability; None where they were not, or do
+    not fit into the context.
     """
 
     text: str
@@ -119,7 +121,10 @@ def score_choices(
 ) -> tuple[Choice, ...]:
     """How likely each of ``choices`` is to come next, found in one batch; the session stays."""
     beginning = at_start(model.tokenizer, session.tokens)
-    ways = [model.tokenizer.encode(choice, False, False, beginning) for choice in choices]
+    ways = [model.spell(choice, beginning) for choice in choices]
+    for choice, way in zip(choices, ways, strict=True):
+        if not way:
+            raise ArgumentError(f"the vocabulary has no tokens for the choice {choice!r}")
     scores = _core.score_ways(session, ways)
     most = max(scores)
     total = sum(math.exp(score - most) for score in scores)
@@ -134,11 +139,9 @@ def end_tokens(tokenizer: _core.Tokenizer) -> list[int]:
     return sorted({tokenizer.eos_id, tokenizer.bos_id} - {-1})
 
 
-def stream_pieces(model: _core.Model, request: _core.Request) -> Iterator[str]:
-    """Text piece by piece. Every token is in the session before its text is handed out, so that
-    the session can be read, forked or fed at any moment, and left at any moment."""
-    scheduler = _core.Scheduler(model)
-    scheduler.submit(request)
+def stream_pieces(scheduler: _core.Scheduler, request: _core.Request) -> Iterator[str]:
+    """Text piece by piece of the one request submitted. Every token is in the session before its
+    text is handed out, so that the session can be read, forked or fed, and left, at any moment."""
     done = False  # there may be an end, and text, before the first step
     while not done:
         for event in scheduler.step():
@@ -155,11 +158,13 @@ def complete_prompts(
     n_top: int | None = None,
     on_done: OnDone | None = None,
     matcher: Matcher | None = None,
+    choices: Sequence[tuple[Choice, ...] | None] = (),
 ) -> list[list[Completion]]:
     """Continue every prompt ``params.num_return_sequences`` times; a list of them per prompt.
 
     Sequence j of prompt i draws from the seed :func:`sequence_seed` (seed, i · n + j), whatever
     else runs beside it. ``on_done`` is called with (i, j, completion) as soon as a text has ended.
+    ``choices`` go into the completions, those of prompt i for each of its own.
     """
     n = params.num_return_sequences
     first_seed = new_seed() if params.seed is None else params.seed
@@ -182,14 +187,20 @@ def complete_prompts(
             request.rethrow()
             i, j = live.pop(request)
             seed = sequence_seed(first_seed, i * n + j)
-            done[i, j] = _completion(model, request, len(prompts[i]), n_top, seed)
+            scored = choices[i] if choices else None
+            done[i, j] = _completion(model, request, len(prompts[i]), n_top, seed, scored)
             if on_done is not None:
                 on_done(i, j, done[i, j])
     return [[done[i, j] for j in range(n)] for i in range(len(prompts))]
 
 
 def _completion(
-    model: _core.Model, request: _core.Request, n_prompt: int, n_top: int | None, seed: int
+    model: _core.Model,
+    request: _core.Request,
+    n_prompt: int,
+    n_top: int | None,
+    seed: int,
+    choices: tuple[Choice, ...] | None,
 ) -> Completion:
     tokens = tuple(request.tokens)
     logprobs = tuple(
@@ -203,6 +214,7 @@ def _completion(
         finish_reason=request.finish_reason or "",
         usage=Usage(n_prompt, len(tokens)),
         seed=seed,
+        choices=choices,
     )
 
 

@@ -13,33 +13,34 @@ if TYPE_CHECKING:
 
 
 class Vocabulary:
-    """The tokens of a model, as llguidance takes them."""
+    """The tokens of a model, as llguidance takes them, and one more behind them for the end, which
+    the core knows otherwise."""
 
-    def __init__(self, tokenizer: _core.Tokenizer) -> None:
+    def __init__(self, model: _core.Model) -> None:
+        tokenizer = model.tokenizer
         n = tokenizer.vocab_size
-        self.tokens = [tokenizer.token_bytes(token) for token in range(n)]
+        self.tokens = [*(tokenizer.token_bytes(token) for token in range(n)), b""]
         self.special_token_ids = [
-            token for token in range(n) if not self.tokens[token] or token == tokenizer.unk_id
+            token for token in range(n + 1) if not self.tokens[token] or token == tokenizer.unk_id
         ]
-        self.bos_token_id = max(tokenizer.bos_id, 0)
-        self.eos_token_id = max(tokenizer.eos_id, 0)
-        self._tokenizer = tokenizer
+        self.bos_token_id = None
+        self.eos_token_id = n
+        self._spell = model.spell
 
     def __call__(self, text: bytes) -> list[int]:
-        shown = text.decode("utf-8", "replace")
-        return self._tokenizer.encode(shown, False, False, at_start=False)
+        return self._spell(text)
 
 
-def guidance_tokenizer(tokenizer: _core.Tokenizer) -> LLTokenizer:
+def guidance_tokenizer(model: _core.Model) -> LLTokenizer:
     """What :class:`Matcher` needs of a model; made once. Raises MissingExtraError."""
     try:
         import llguidance
     except ImportError:
         raise MissingExtraError("llguidance", "grammar") from None
-    vocabulary = Vocabulary(tokenizer)
+    vocabulary = Vocabulary(model)
     return llguidance.LLTokenizer(
         llguidance.TokenizerWrapper(vocabulary),
-        n_vocab=tokenizer.vocab_size,
+        n_vocab=len(vocabulary.tokens),
         eos_token=vocabulary.eos_token_id,
     )
 

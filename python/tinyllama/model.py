@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -25,7 +25,7 @@ from .arguments import (
     takes_sampling,
 )
 from .config import Config, RopeScaling
-from .errors import ArgumentError, ContextFullError
+from .errors import ArgumentError, ContextFullError, TinyllamaError
 from .generation import Choice, Completion, OnDone, complete_prompts, end_tokens
 from .sampling import SamplingParams, as_int
 from .scheduler import Scheduler
@@ -148,14 +148,8 @@ class Model:
                 f"logprobs is {n_top}; the model has {self.tokenizer.vocab_size} tokens"
             )
         prompts, many = split_prompts(prompt)
-        groups = self._complete(prompts, options, n_top, on_done)
-        if options.choices is not None:
-            groups = [
-                [replace(c, choices=scored) for c in group]
-                for group, scored in zip(
-                    groups, [self.score_choices(p, options.choices) for p in prompts], strict=True
-                )
-            ]
+        scored = [self._scored(one, options) for one in prompts] if options.choices else []
+        groups = self._complete(prompts, options, n_top, on_done, scored)
         if options.return_full_text:
             groups = [
                 [replace(c, text=self._text(one) + c.text) for c in group]
@@ -173,14 +167,16 @@ class Model:
         refuse_several(prompt, options, "stream")
         tokens = self._tokens(prompt, options)
         before = self._text(prompt) if options.return_full_text else ""
-        return self._stream(tokens, before, options)
+        return self._stream(tokens, before, options, self._matcher(*options.form()))
 
-    def _stream(self, tokens: list[int], before: str, options: SamplingParams) -> Iterator[str]:
+    def _stream(
+        self, tokens: list[int], before: str, options: SamplingParams, matcher: Matcher | None
+    ) -> Iterator[str]:
         session = self.session(options.seed)
         if before:
             yield before
         options = replace(options, seed=None, return_full_text=False)
-        yield from session._generate(options, tokens)
+        yield from session._generate(options, tokens, matcher)
 
     @takes_sampling
     def astream(
@@ -236,15 +232,14 @@ class Model:
 
     def restore(self, blob: bytes) -> Session:
         """The session that :meth:`Session.save` or :meth:`Request.save` saved: what it makes from
-        there is bit for bit what the other would have made, on the same kernel set.
+        there is bit for bit what the other would have made, on the same kernel set and with the
+        same kv_dtype.
 
         Raises FormatError with the reason for bytes that are damaged, of another version of the
         format, or saved with another model or tokenizer; ContextFullError where this model was
         opened with too short a context.
         """
-        session, decoder, request = self._restore(blob)
-        if request is not None:
-            decoder = _core.Request(session, request, self._matcher(*request.form)).decoder
+        session, decoder, _ = self._restore(blob)
         return Session(self, session, decoder)
 
     def _restore(
@@ -252,7 +247,9 @@ class Model:
     ) -> tuple[_core.Session, _core.StreamDecoder | None, _core.RequestState | None]:
         try:
             return _core.restore(self._core, blob)
-        except TypeError:
+        except TinyllamaError:
+            raise
+        except (TypeError, ValueError, BufferError):
             raise ArgumentError(f"blob is {type(blob).__name__}; it must be bytes") from None
 
     def scheduler(
@@ -284,10 +281,17 @@ class Model:
         options: SamplingParams,
         n_top: int | None = None,
         on_done: OnDone | None = None,
+        choices: Sequence[tuple[Choice, ...] | None] = (),
     ) -> list[list[Completion]]:
         tokens = [self._tokens(prompt, options) for prompt in prompts]
         matcher = self._matcher(*options.form())
-        return complete_prompts(self._core, tokens, options, n_top, on_done, matcher)
+        return complete_prompts(self._core, tokens, options, n_top, on_done, matcher, choices)
+
+    def _scored(self, prompt: Prompt, options: SamplingParams) -> tuple[Choice, ...] | None:
+        try:
+            return self.score_choices(prompt, options.form()[1])
+        except ContextFullError:
+            return None
 
     def _matcher(self, kind: str, texts: list[str]) -> Matcher | None:
         """What keeps to a form of text that the core alone does not know."""
@@ -301,7 +305,7 @@ class Model:
     def _guidance_tokenizer(self) -> LLTokenizer:
         from .grammar import guidance_tokenizer
 
-        return guidance_tokenizer(self._core.tokenizer)
+        return guidance_tokenizer(self._core)
 
     def _text(self, prompt: Prompt) -> str:
         return prompt if isinstance(prompt, str) else self.tokenizer.decode(prompt)

@@ -220,7 +220,7 @@ _CORE_FIELDS = (
 _FORMS = ("choices", "regex", "json_schema", "grammar")
 
 
-def as_int(name: str, value: Any, least: int = 0) -> int:
+def as_int(name: str, value: Any, least: int = 0, most: int | None = None) -> int:
     """A whole number of any kind (numpy's too) as int; ArgumentError names it when it is not."""
     try:
         if isinstance(value, bool):
@@ -230,6 +230,8 @@ def as_int(name: str, value: Any, least: int = 0) -> int:
         raise ArgumentError(f"{name} is {value!r}; it must be a whole number") from None
     if number < least:
         raise ArgumentError(f"{name} is {number}; it must be at least {least}")
+    if most is not None and number > most:
+        raise ArgumentError(f"{name} is {number}; it must be at most {most}")
     return number
 
 
@@ -279,7 +281,7 @@ def _schema(schema: Any) -> str | None:
         text = schema if isinstance(schema, str) else json.dumps(schema)
         if not isinstance(json.loads(text), (dict, bool)):
             raise ValueError("a schema is an object")
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ArgumentError(f"json_schema is {schema!r}: {error}") from None
     return text
 

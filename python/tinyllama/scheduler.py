@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from .model import Model
 
 
+def check_milliseconds(name: str, value: Any) -> None:
+    if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise ArgumentError(f"{name} is {value!r}; it must be 0 or more")
+
+
 class Request(_core.Request):
     """One text on its way. ``session`` holds its tokens, prompt and all; it can be read, forked or
     rewound at any time between steps, and goes on from there.
@@ -94,8 +99,8 @@ class Scheduler:
         self.model = model
         arguments = (
             model._core,
-            as_int("max_sessions", max_sessions, 1),
-            as_int("reserve_tokens", reserve_tokens),
+            as_int("max_sessions", max_sessions, 1, 2**31 - 1),
+            as_int("reserve_tokens", reserve_tokens, 0, 2**63 - 1),
         )
         self._core: _core.Scheduler | _core.Background | None
         if background:
@@ -133,8 +138,8 @@ class Scheduler:
         than the context, BusyError for a session in use.
         """
         options = self.model._options(params, sampling)
-        if deadline_ms is not None and not 0 <= deadline_ms < math.inf:
-            raise ArgumentError(f"deadline_ms is {deadline_ms}; it must be 0 or more")
+        if deadline_ms is not None:
+            check_milliseconds("deadline_ms", deadline_ms)
         session, prompt = prompt_or_session, []
         if not isinstance(session, Session):
             prompt = self.model._tokens(session, options)
@@ -142,19 +147,22 @@ class Scheduler:
             options = replace(options, seed=None)
         refuse_options_of_models(options)
         matcher = self.model._matcher(*options.form())
+        decoder = session._text_decoder(prompt, options, matcher)
         request = Request(
             *request_arguments(
                 self.model._core,
                 session._core,
                 prompt,
                 options,
-                session._text_decoder(prompt, matcher),
-                priority=as_int("priority", priority, -(2**31)),
+                decoder,
+                priority=as_int("priority", priority, -(2**31), 2**31 - 1),
                 deadline_ms=deadline_ms,
                 matcher=matcher,
             )
         )
-        return self._submit(request, session)
+        self._submit(request, session)
+        session._decoder = None if options.form()[0] else decoder
+        return request
 
     def _submit(self, request: Request, session: Session) -> Request:
         request.session = session
@@ -198,7 +206,8 @@ class Scheduler:
         if state is None:
             raise ArgumentError("a session was saved, not a request: submit(model.restore(blob))")
         request = Request(core, state, self.model._matcher(*state.form))
-        return self._submit(request, Session(self.model, core, request.decoder))
+        decoder = None if state.form[0] else request.decoder
+        return self._submit(request, Session(self.model, core, decoder))
 
     def step(self, budget_ms: float | None = None) -> list[_core.Event]:
         """Work for at most ``budget_ms``, and return what came of it, one event per request.
@@ -211,8 +220,8 @@ class Scheduler:
         In the background: what has come since the last call, at once; with None, as soon as there
         is something, or nothing left that could come.
         """
-        if budget_ms is not None and not 0 <= budget_ms < math.inf:
-            raise ArgumentError(f"budget_ms is {budget_ms}; it must be 0 or more")
+        if budget_ms is not None:
+            check_milliseconds("budget_ms", budget_ms)
         events = self._open().step(budget_ms)
         for event in events:
             if event.done:

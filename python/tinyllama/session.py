@@ -105,21 +105,25 @@ class Session:
         """
         options = self.model._options(params, sampling)
         refuse_options_of_models(options)
-        return self._generate(options, [])
+        return self._generate(options, [], self.model._matcher(*options.form()))
 
-    def _generate(self, options: SamplingParams, prompt: list[int]) -> Iterator[str]:
+    def _generate(
+        self, options: SamplingParams, prompt: list[int], matcher: Matcher | None
+    ) -> Iterator[str]:
         """Like :meth:`generate`, after ``prompt``."""
         if not self._core.n_tokens and not prompt:
             prompt = self.model._tokens("")
-        matcher = self.model._matcher(*options.form())
-        decoder = self._text_decoder(prompt, matcher)
+        decoder = self._text_decoder(prompt, options, matcher)
         request = _core.Request(
             *request_arguments(
                 self.model._core, self._core, prompt, options, decoder, matcher=matcher
             )
         )
+        scheduler = _core.Scheduler(self.model._core)
+        scheduler.submit(request)
+        self._decoder = None if options.form()[0] else decoder
         self.finish_reason = None
-        yield from stream_pieces(self.model._core, request)
+        yield from stream_pieces(scheduler, request)
         self.finish_reason = request.finish_reason
 
     def score_choices(self, choices: Iterable[str]) -> tuple[Choice, ...]:
@@ -137,7 +141,8 @@ class Session:
 
     def fork(self, seed: int | None = None) -> Session:
         """A second timeline with the same past, which draws from ``seed``, or fresh entropy."""
-        return Session(self.model, self._core.fork(checked_seed(seed)))
+        core = self._core.fork(checked_seed(seed))
+        return Session(self.model, core, self._decoder and self._decoder.copy())
 
     def save(self, cache: bool = False) -> bytes:
         """Its tokens and its random state, to be restored by :meth:`Model.restore`, in another
@@ -152,15 +157,15 @@ class Session:
         self._core.drop_cache()
 
     def _text_decoder(
-        self, prompt: list[int], matcher: Matcher | None = None
+        self, prompt: list[int], options: SamplingParams, matcher: Matcher | None
     ) -> _core.StreamDecoder:
-        """What shows text drawn after ``prompt``. What a matcher sees is shown byte by byte: no
-        space is dropped where the text begins."""
-        if self._decoder is None or prompt or matcher:
-            tokenizer = self.model.tokenizer._core
-            beginning = matcher is None and self._at_start() and at_start(tokenizer, prompt)
-            self._decoder = _core.StreamDecoder(tokenizer, beginning)
-        return self._decoder
+        """What shows text drawn after ``prompt``. A text of a certain form is whole by itself; and
+        what a matcher sees is shown byte by byte: no space is dropped where the text begins."""
+        if self._decoder is not None and not prompt and not options.form()[0]:
+            return self._decoder
+        tokenizer = self.model.tokenizer._core
+        beginning = matcher is None and self._at_start() and at_start(tokenizer, prompt)
+        return _core.StreamDecoder(tokenizer, beginning)
 
     def _at_start(self) -> bool:
         return at_start(self.model.tokenizer._core, self._core.tokens)
