@@ -65,7 +65,7 @@ std::shared_ptr<const Model> open_model(const py::object& path, const py::object
     if (name.empty()) name = path.is_none() ? "model" : path.cast<std::string>();
     const FileBytes bytes = open_bytes(path, data);
     const py::gil_scoped_release release;
-    return Model::open(bytes, name, {n_threads, isa, kv_dtype, max_seq_len});
+    return Model::open(bytes, name, {n_threads, isa, kv_dtype, max_seq_len, {}});
 }
 
 py::dict config_dict(const Model& model) {
@@ -233,7 +233,9 @@ void bind_session(py::module_& m) {
                  return py::array_t<float>(static_cast<py::ssize_t>(logits.size()), logits.data());
              })
         .def_property_readonly("n_unread", &Session::n_unread)
-        .def("append", py::overload_cast<const Tokens&>(&Session::append), py::arg("tokens"))
+        .def(
+            "append", [](Session& self, const Tokens& tokens) { self.append(tokens); },
+            py::arg("tokens"))
         .def("drop_cache", &Session::drop_cache)
         .def("rewind", &Session::rewind, py::arg("n_tokens"),
              py::call_guard<py::gil_scoped_release>())

@@ -31,7 +31,7 @@ void check_range(const char* name, std::int64_t value, std::int64_t most) {
 
 void check_positive(const std::string& name, double value) {
     if (!(std::isfinite(value) && value > 0.0)) {
-        refuse(name + " is " + std::to_string(value) + "; it must be positive and finite");
+        refuse(name + " is " + number_text(value) + "; it must be positive and finite");
     }
 }
 

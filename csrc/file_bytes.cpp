@@ -53,6 +53,12 @@ FileBytes FileBytes::map(const std::string& path) {
     return file;
 }
 
+FileBytes FileBytes::view(ByteSpan bytes) {
+    FileBytes result;
+    result.span_ = bytes;
+    return result;
+}
+
 FileBytes FileBytes::copy_of(ByteSpan bytes) {
     FileBytes file;
     file.owned_.assign(bytes.data, bytes.data + bytes.size);

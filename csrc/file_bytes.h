@@ -13,6 +13,8 @@ public:
     // Maps the file read-only. Throws Error(io_error) naming it.
     static FileBytes map(const std::string& path);
     static FileBytes copy_of(ByteSpan bytes);
+    // Bytes that somebody else keeps alive for as long.
+    static FileBytes view(ByteSpan bytes);
 
     FileBytes(FileBytes&& other) noexcept;
     FileBytes(const FileBytes&) = delete;

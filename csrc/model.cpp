@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdlib>
+#include <new>
 #include <utility>
 
 #include "forward.h"
@@ -97,16 +98,17 @@ std::shared_ptr<const Model> Model::open(const FileBytes& bytes, const std::stri
     }
     if (options.max_seq_len > 0) config.max_seq_len = options.max_seq_len;
     // The constructor is private, so make_shared cannot reach it.
-    const std::shared_ptr<Model> model(new Model(name, file, config, kernels, n_threads, kv_type));
+    const std::shared_ptr<Model> model(
+        new Model(name, file, config, kernels, n_threads, options.tasks, kv_type));
     if (options.n_threads == 0) model->choose_threads_alone();
     return model;
 }
 
 Model::Model(const std::string& name, const GgufFile& file, const Config& config,
-             const KernelTable* kernels, int n_threads, KvType kv_type)
+             const KernelTable* kernels, int n_threads, const TaskSystem& tasks, KvType kv_type)
     : name_(name),
       config_(config),
-      threads_(n_threads),
+      threads_(n_threads, tasks),
       tokenizer_(file),
       weights_(file, config, *kernels, threads_),
       kernels_(kernels),
@@ -166,9 +168,13 @@ std::unique_ptr<Pass> Model::borrow_pass() const {
     return pass;
 }
 
-void Model::return_pass(std::unique_ptr<Pass> pass) const {
+void Model::return_pass(std::unique_ptr<Pass> pass) const noexcept {
     const std::lock_guard<std::mutex> lock(mutex_);
-    passes_.push_back(std::move(pass));
+    try {
+        passes_.push_back(std::move(pass));
+    } catch (const std::bad_alloc&) {
+        // Then there is one less to lend.
+    }
 }
 
 }  // namespace tinyllama

@@ -25,6 +25,7 @@ struct ModelOptions {
     std::string isa;               // "": $TINYLLAMA_ISA, else the best this CPU can run
     std::string kv_dtype;          // of the cached keys and values: "" or "f32", "bf16", "int8"
     std::int32_t max_seq_len = 0;  // 0: the file's
+    TaskSystem tasks{};  // whose threads work beside the caller's; else threads of our own
 };
 
 class Model {
@@ -58,11 +59,11 @@ public:
 
     // A forward pass with its memory, lent until returned.
     std::unique_ptr<Pass> borrow_pass() const;
-    void return_pass(std::unique_ptr<Pass> pass) const;
+    void return_pass(std::unique_ptr<Pass> pass) const noexcept;
 
 private:
     Model(const std::string& name, const GgufFile& file, const Config& config,
-          const KernelTable* kernels, int n_threads, KvType kv_type);
+          const KernelTable* kernels, int n_threads, const TaskSystem& tasks, KvType kv_type);
     void choose_threads_alone();
 
     std::string name_;

@@ -1,5 +1,7 @@
 #include "parallel.h"
 
+#include "float_mode.h"
+
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
@@ -204,6 +206,13 @@ struct Threads::Crew {
         std::thread thread;
     };
 
+    explicit Crew(const TaskSystem& tasks) : tasks_(tasks) {}
+
+    // Tasks that are still to come keep it.
+    void release() {
+        if (n_users.fetch_sub(1) == 1) delete this;
+    }
+
     ~Crew() {
         ending.store(true);
         for (const auto& worker : workers)
@@ -231,15 +240,17 @@ struct Threads::Crew {
     // core is taken by other work would hold up all.
     void run(std::size_t n, Body new_function, const void* new_body,
              std::chrono::microseconds patience) {
-        grow(n);
-        n = std::min(n, workers.size());
-        cores.clear();
-        cores.take_one();
+        if (tasks_.enqueue == nullptr) {
+            grow(n);
+            n = std::min(n, workers.size());
+            cores.clear();
+            cores.take_one();
+        }
         const std::uint64_t self = begun.load() + one_work;
         const std::uint64_t nobody = too_late - n;
         joined.store(self + nobody);
         for (std::size_t i = 0; i < n; ++i)
-            workers[i]->call();
+            call(i);
         // One that Linux woke on this very core needs it for a moment, to move to another.
         const auto all_here = [&] { return count(joined.load()) >= too_late; };
         const auto start = std::chrono::steady_clock::now();
@@ -271,18 +282,40 @@ struct Threads::Crew {
             }
             n_seen = me->n_calls.load();
             if (ending.load()) return;
-            const std::uint64_t before = joined.fetch_add(1);
-            if (count(before) >= too_late) continue;
-            cores.take_one();
-            const std::uint64_t mine = before - count(before);
-            while (!spin_until([&] { return begun.load() == mine; }))
-                std::this_thread::yield();
-            function(body, Team(static_cast<int>(count(before) - first) + 1, size, &shared));
-            n_working.fetch_sub(1, std::memory_order_release);
+            join();
         }
     }
 
+    void call(std::size_t i) {
+        if (tasks_.enqueue == nullptr) {
+            workers[i]->call();
+            return;
+        }
+        n_users.fetch_add(1);
+        const auto help = [](void* context) {
+            auto* const crew = static_cast<Crew*>(context);
+            crew->join();
+            crew->release();
+        };
+        tasks_.enqueue(help, this, tasks_.user);
+    }
+
+    // Takes part in the work at hand, if it has not begun.
+    void join() {
+        const std::uint64_t before = joined.fetch_add(1);
+        if (count(before) >= too_late) return;
+        const FloatMode defaults;
+        if (tasks_.enqueue == nullptr) cores.take_one();
+        const std::uint64_t mine = before - count(before);
+        while (!spin_until([&] { return begun.load() == mine; }))
+            std::this_thread::yield();
+        function(body, Team(static_cast<int>(count(before) - first) + 1, size, &shared));
+        n_working.fetch_sub(1, std::memory_order_release);
+    }
+
     const unsigned forks = n_forks.load(std::memory_order_relaxed);
+    const TaskSystem tasks_;
+    std::atomic<int> n_users{1};
     std::vector<std::unique_ptr<Worker>> workers;
     std::atomic<bool> ending{false};
     alignas(64) std::atomic<std::uint64_t> joined{too_late};
@@ -296,7 +329,9 @@ struct Threads::Crew {
     TakenCores cores;
 };
 
-Threads::Threads(int size) : size_(size) {}
+void Threads::Release::operator()(Crew* crew) const { crew->release(); }
+
+Threads::Threads(int size, const TaskSystem& tasks) : size_(size), tasks_(tasks) {}
 
 Threads::~Threads() {
     if (crew_ != nullptr && crew_->forks != n_forks.load(std::memory_order_relaxed))
@@ -328,7 +363,7 @@ void Threads::run(int n, Body function, const void* body, std::chrono::microseco
     }
     if (crew_ == nullptr || crew_->forks != n_forks.load(std::memory_order_relaxed)) {
         (void)crew_.release();  // a parent's workers cannot be joined
-        crew_.reset(new (std::nothrow) Crew);
+        crew_.reset(new (std::nothrow) Crew(tasks_));
     }
     if (crew_ == nullptr) {
         function(body, Team(0, 1, nullptr));

@@ -43,11 +43,21 @@ private:
     Shared* shared_;
 };
 
-// The caller's thread and workers beside it. Workers start when they are first needed, stay awake
-// for some microseconds after their work in case there is more, and sleep after that.
+// Somebody else's threads, such as a game engine's: enqueue() has task(context) called soon, once,
+// on any thread but the caller's. It may be late or last: what is not picked up in time is done
+// without it.
+struct TaskSystem {
+    using Task = void (*)(void* context);
+    void (*enqueue)(Task task, void* context, void* user) = nullptr;
+    void* user = nullptr;
+};
+
+// The caller's thread and workers beside it, or a task system's. Workers start when they are first
+// needed, stay awake for some microseconds after their work in case there is more, and sleep after
+// that.
 class Threads {
 public:
-    explicit Threads(int size);  // workers and caller
+    explicit Threads(int size, const TaskSystem& tasks = {});  // workers and caller
     ~Threads();
     Threads(const Threads&) = delete;
     Threads& operator=(const Threads&) = delete;
@@ -85,12 +95,16 @@ public:
 private:
     using Body = void (*)(const void* body, const Team& team);
     struct Crew;
+    struct Release {
+        void operator()(Crew* crew) const;
+    };
 
     void run(int n, Body function, const void* body, std::chrono::microseconds patience);
     bool claim();
 
     int size_;
-    std::unique_ptr<Crew> crew_;  // of the process that claimed it last
+    TaskSystem tasks_;
+    std::unique_ptr<Crew, Release> crew_;  // of the process that claimed it last
     std::atomic<unsigned> owner_{0};
 };
 

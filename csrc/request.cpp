@@ -44,6 +44,9 @@ void Request::begin() {
         throw;
     }
     prompt_ = {};
+    // More than any step makes: those of an endless text take no memory (see forget()).
+    tokens_.reserve(64);
+    text_.reserve(512);
     params_.n_prompt_tokens = early_params_.n_prompt_tokens = session_->n_tokens();
     try {
         if (make_room() && limits_.max_new_tokens.value_or(1) <= 0) end(Ending::length);
@@ -89,6 +92,7 @@ RequestState Request::state() const {
         state.time_left = urgency_.deadline - Clock::now();
     state.pending = first_decoder_.pending();
     state.at_start = first_decoder_.at_start();
+    state.n_forgotten = n_forgotten_;
     state.tokens = tokens_;
     state.n_taken = n_taken_;
     state.ending = ending_;
@@ -108,6 +112,7 @@ Request::Request(std::shared_ptr<Session> session, const RequestState& state,
       limits_(state.limits),
       form_(state.form),
       constraint_(std::move(constraint)),
+      n_forgotten_(state.n_forgotten),
       tokens_(state.tokens),
       wish_(state.wish),
       n_reported_(state.n_reported) {
@@ -125,7 +130,8 @@ Request::Request(std::shared_ptr<Session> session, const RequestState& state,
         throw Error(Status::format_error,
                     std::string("the saved request cannot go on: ") + error.what());
     }
-    if (ending_ != state.ending || state.n_taken > n_certain_ || n_reported_ > tokens_.size())
+    if (ending_ != state.ending || state.n_taken > n_certain_ || n_reported_ > tokens_.size() ||
+        n_forgotten_ < 0)
         throw Error(Status::format_error, "the saved request contradicts itself");
     n_taken_ = state.n_taken;
     urgency_.priority = state.priority;
@@ -169,7 +175,8 @@ bool Request::make_room() {
         return false;
     }
     const std::int32_t n_keep = limits_.n_keep, half = n_keep + (context - n_keep) / 2;
-    session_->append({}, static_cast<std::size_t>(n_keep), static_cast<std::size_t>(half));
+    session_->append(TokenSpan(nullptr, 0), static_cast<std::size_t>(n_keep),
+                     static_cast<std::size_t>(half));
     const std::int32_t n_dropped = n - half;
     for (SamplingParams* params : {&params_, &early_params_})
         params->n_prompt_tokens -= std::clamp(params->n_prompt_tokens - n_keep, 0, n_dropped);
@@ -213,10 +220,20 @@ std::string Request::text() const {
     return text_.substr(0, n_certain_);
 }
 
-std::string Request::take_text() {
+void Request::take_text(std::string* text) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const std::size_t begin = std::exchange(n_taken_, n_certain_);
-    return text_.substr(begin, n_certain_ - begin);
+    text->append(text_, n_taken_, n_certain_ - n_taken_);
+    n_taken_ = n_certain_;
+}
+
+void Request::forget() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (constraint_ != nullptr || n_taken_ < text_.size() || n_reported_ < tokens_.size()) return;
+    n_forgotten_ = n_drawn();
+    first_decoder_ = *decoder_;
+    tokens_.clear();
+    text_.clear();
+    n_reported_ = n_certain_ = n_taken_ = 0;
 }
 
 void Request::conclude(Ending ending, std::exception_ptr error) {
@@ -228,7 +245,7 @@ void Request::conclude(Ending ending, std::exception_ptr error) {
 }
 
 Draw Request::next_draw() const {
-    const bool early = tokens_.size() < static_cast<std::size_t>(limits_.min_new_tokens);
+    const bool early = n_drawn() < limits_.min_new_tokens;
     return {session_.get(), early ? &early_params_ : &params_, decoder_.get(),
             constraint_ == nullptr ? nullptr : &allowed_.tokens};
 }
@@ -251,13 +268,12 @@ void Request::accept(std::int32_t token) {
 
 void Request::add(std::int32_t token) {
     tokens_.push_back(token);
-    session_->append({token});
+    session_->append(TokenSpan(&token, 1));
     if (constraint_ != nullptr) constraint_->accept(token);
     append(decoder_->push(token));
     if (ending_ != Ending::none) return;
     // A character that the limit cuts in two is left out: half of it means nothing.
-    if (limits_.max_new_tokens &&
-        static_cast<std::int64_t>(tokens_.size()) >= *limits_.max_new_tokens) {
+    if (limits_.max_new_tokens && n_drawn() >= *limits_.max_new_tokens) {
         end(Ending::length);
     } else {
         make_room();

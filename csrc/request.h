@@ -73,9 +73,10 @@ struct RequestState {
     Form form;
     std::int32_t priority = 0;
     std::optional<Seconds> time_left;  // to the deadline
-    std::string pending;               // of the decoder when it began, and
+    std::string pending;               // of the decoder before tokens, and
     bool at_start = false;             // whether the text was at its start
-    std::vector<std::int32_t> tokens;  // drawn
+    std::int64_t n_forgotten = 0;      // tokens drawn before
+    std::vector<std::int32_t> tokens;  // drawn since
     std::size_t n_taken = 0;           // bytes of the text that were taken
     Ending ending = Ending::none;
     std::size_t n_reported = 0;  // tokens of which there were events
@@ -122,7 +123,11 @@ public:
     // What is certain of the text, whole characters, and the part of it not taken before: what may
     // become a stop string is held back.
     std::string text() const;
-    std::string take_text();
+    void take_text(std::string* text);  // appends to it
+
+    // Lets go of what was taken and of tokens of which there were events, so that a text without an
+    // end takes no more memory than a short one. Forms need what they wrote, and keep it.
+    void forget();
 
     // Ends it, unless it has ended.
     void conclude(Ending ending, std::exception_ptr error = nullptr);
@@ -130,6 +135,9 @@ public:
 private:
     friend class Scheduler;
     Draw next_draw() const;
+    std::int64_t n_drawn() const {
+        return n_forgotten_ + static_cast<std::int64_t>(tokens_.size());
+    }
     void prepare();
     void append_prompt();
     bool make_room();
@@ -144,7 +152,7 @@ private:
     std::vector<std::int32_t> prompt_;
     bool begun_ = false;
     std::shared_ptr<StreamDecoder> decoder_;
-    StreamDecoder first_decoder_;  // as it was before the first token
+    StreamDecoder first_decoder_;  // as it was before the first of tokens_
     SamplingParams params_;
     SamplingParams early_params_;  // of the first min_new_tokens
     Limits limits_;
@@ -155,6 +163,7 @@ private:
     std::unique_ptr<Constraint> constraint_;
     Allowed allowed_;                   // by the constraint, with end tokens where it may end
     std::vector<std::int32_t> forced_;  // tokens that follow before anything is drawn
+    std::int64_t n_forgotten_ = 0;
     std::vector<std::int32_t> tokens_;
     std::vector<TokenLogprob> logprobs_;
     std::string text_;

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <iterator>
 #include <string>
 #include <unordered_map>
@@ -14,6 +15,11 @@ namespace {
 
 constexpr std::size_t n_lanes = 16;  // side by side, with one fixed order of sums
 
+struct Candidate {
+    std::int32_t token;
+    float logit;
+};
+
 // One value per token, filled up to whole blocks. Kept from one draw to the next.
 struct Buffers {
     std::vector<float> weights;  // probabilities, not normalised: the likeliest has 1
@@ -21,6 +27,10 @@ struct Buffers {
     std::vector<float> likelier_sums;
     std::vector<std::pair<std::int32_t, float>> changed;
     std::vector<std::int32_t> breaking;
+    std::vector<Candidate> candidates;
+    std::vector<std::int32_t> allowed, likeliest;
+    Logits few, fewer;
+    std::vector<float> maxima;
 };
 
 Buffers& this_threads_buffers() {
@@ -100,13 +110,13 @@ double total(const std::vector<float>& sums) {
 
 // A logit that at least k tokens reach: the k-th largest of the maxima of blocks, or of smaller
 // pieces where there are not that many blocks.
-float bound_of_likeliest(const Logits& all, std::size_t k) {
+float bound_of_likeliest(const Logits& all, std::size_t k, std::vector<float>& maxima) {
     const std::vector<float>& logits = all.values;
     if (k == 0 || k >= logits.size()) return impossible;
     std::size_t size = logits_block;
     while (logits.size() / size < k)
         size /= 2;
-    std::vector<float> maxima = all.maxima;
+    maxima = all.maxima;
     if (size < logits_block) {
         maxima.resize(logits.size() / size);
         for (std::size_t i = 0; i < maxima.size(); ++i)
@@ -118,13 +128,11 @@ float bound_of_likeliest(const Logits& all, std::size_t k) {
 }
 
 // The k likeliest tokens, fewer where fewer are possible, in order of their ids.
-std::vector<std::int32_t> find_likeliest(const Logits& all, std::size_t k) {
-    const float bound = bound_of_likeliest(all, k);
-    struct Candidate {
-        std::int32_t token;
-        float logit;
-    };
-    std::vector<Candidate> candidates;
+const std::vector<std::int32_t>& find_likeliest(Buffers& buffers, const Logits& all,
+                                                std::size_t k) {
+    const float bound = bound_of_likeliest(all, k, buffers.maxima);
+    std::vector<Candidate>& candidates = buffers.candidates;
+    candidates.clear();
     for (std::size_t b = 0; b < all.maxima.size(); ++b) {
         if (all.maxima[b] < bound) continue;
         for (std::size_t i = b * logits_block; i < (b + 1) * logits_block; ++i) {
@@ -138,9 +146,10 @@ std::vector<std::int32_t> find_likeliest(const Logits& all, std::size_t k) {
                          candidates.end(), [](const Candidate& a, const Candidate& b) {
                              return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
                          });
-        candidates.resize(k);
+        candidates.erase(candidates.begin() + static_cast<std::ptrdiff_t>(k), candidates.end());
     }
-    std::vector<std::int32_t> tokens;
+    std::vector<std::int32_t>& tokens = buffers.likeliest;
+    tokens.clear();
     for (const Candidate& candidate : candidates)
         tokens.push_back(candidate.token);
     std::sort(tokens.begin(), tokens.end());
@@ -149,9 +158,10 @@ std::vector<std::int32_t> find_likeliest(const Logits& all, std::size_t k) {
 
 void check_range(const char* name, float value, float least, float most) {
     if (!(value >= least && value <= most)) {  // NaN fails as well
-        throw Error(Status::invalid_argument, std::string(name) + " is " + std::to_string(value) +
-                                                  "; it must be in [" + std::to_string(least) +
-                                                  ", " + std::to_string(most) + "]");
+        throw Error(Status::invalid_argument,
+                    std::string(name) + " is " + number_text(static_cast<double>(value)) +
+                        "; it must be in [" + number_text(static_cast<double>(least)) + ", " +
+                        number_text(static_cast<double>(most)) + "]");
     }
 }
 
@@ -305,13 +315,12 @@ std::size_t draw(const KernelTable& kernels, Buffers& buffers, const Logits& log
     return draw_from_nucleus(buffers, logits, left, enough, random);
 }
 
-Logits pick(const Logits& logits, const std::vector<std::int32_t>& tokens) {
-    Logits few;
-    few.resize(tokens.size());
+void pick(const Logits& logits, const std::vector<std::int32_t>& tokens, Logits* few) {
+    few->values.clear();
+    few->resize(tokens.size());
     for (std::size_t i = 0; i < tokens.size(); ++i)
-        few.values[i] = logits.values[static_cast<std::size_t>(tokens[i])];
-    few.find_maxima();
-    return few;
+        few->values[i] = logits.values[static_cast<std::size_t>(tokens[i])];
+    few->find_maxima();
 }
 
 // By all the rules that come after adjusting.
@@ -325,8 +334,9 @@ std::int32_t draw_or_choose(const KernelTable& kernels, Buffers& buffers, const 
     const auto k = static_cast<std::size_t>(params.top_k);
     if (k == 0 || k >= logits.values.size())
         return static_cast<std::int32_t>(draw(kernels, buffers, logits, params, random));
-    const std::vector<std::int32_t> tokens = find_likeliest(logits, k);
-    return tokens[draw(kernels, buffers, pick(logits, tokens), params, random)];
+    const std::vector<std::int32_t>& tokens = find_likeliest(buffers, logits, k);
+    pick(logits, tokens, &buffers.fewer);
+    return tokens[draw(kernels, buffers, buffers.fewer, params, random)];
 }
 
 // Of some tokens only: those that keep characters whole, if there are such.
@@ -336,15 +346,17 @@ std::int32_t draw_allowed(const KernelTable& kernels, Buffers& buffers, const Lo
     const auto is_possible = [&](std::int32_t token) {
         return logits.values[static_cast<std::size_t>(token)] != impossible;
     };
-    std::vector<std::int32_t> tokens, whole;
+    const auto is_whole = [&](std::int32_t token) {
+        return text == nullptr || text->keeps_whole(token);
+    };
+    std::vector<std::int32_t>& tokens = buffers.allowed;
+    tokens.clear();
     std::copy_if(allowed.begin(), allowed.end(), std::back_inserter(tokens), is_possible);
-    if (text != nullptr) {
-        std::copy_if(tokens.begin(), tokens.end(), std::back_inserter(whole),
-                     [&](std::int32_t token) { return text->keeps_whole(token); });
-        if (!whole.empty()) tokens.swap(whole);
-    }
-    const Logits few = pick(logits, tokens);
-    const std::int32_t drawn = draw_or_choose(kernels, buffers, few, params, random);
+    if (std::any_of(tokens.begin(), tokens.end(), is_whole))
+        tokens.erase(std::remove_if(tokens.begin(), tokens.end(), std::not_fn(is_whole)),
+                     tokens.end());
+    pick(logits, tokens, &buffers.few);
+    const std::int32_t drawn = draw_or_choose(kernels, buffers, buffers.few, params, random);
     return tokens[static_cast<std::size_t>(drawn)];
 }
 
@@ -419,7 +431,8 @@ std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const KernelT
                                                                    std::int32_t n) {
     std::vector<std::pair<std::int32_t, double>> result;
     if (n <= 0) return result;
-    for (const std::int32_t token : find_likeliest(logits, static_cast<std::size_t>(n)))
+    for (const std::int32_t token :
+         find_likeliest(this_threads_buffers(), logits, static_cast<std::size_t>(n)))
         result.emplace_back(token, 0.0);
     const auto logit = [&](std::int32_t token) {
         return logits.values[static_cast<std::size_t>(token)];

@@ -203,6 +203,7 @@ void write_request(Writer& out, const RequestState& state,
     out.number(state.time_left ? state.time_left->count() : std::nan(""));
     out.number(static_cast<std::uint8_t>(state.at_start));
     out.string(state.pending);
+    out.number(state.n_forgotten);
     const std::size_t n = state.tokens.size();
     const bool at_end = n <= timeline.size() &&
                         std::equal(state.tokens.rbegin(), state.tokens.rend(), timeline.rbegin());
@@ -229,6 +230,7 @@ RequestState read_request(Reader& in, const std::vector<std::int32_t>& timeline,
     if (std::fabs(time_left) < 1e9) state.time_left = Seconds(time_left);
     state.at_start = in.boolean();
     state.pending = in.string();
+    state.n_forgotten = in.number<std::int64_t>();
     if (in.boolean()) {
         const auto n = in.number<std::uint32_t>();
         if (n > timeline.size()) refuse("counts more tokens than it has");

@@ -52,6 +52,8 @@ Scheduler::Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live,
       max_live_(max_live),
       alone_(alone),
       pass_(std::make_unique<Pass>(*model_)) {
+    // Sixteen tokens of each in one step: no step in a frame makes more.
+    events_.reserve(static_cast<std::size_t>(16 * std::min<std::int64_t>(max_live_, 4096)));
     model_->kv_pool()->keep(
         static_cast<std::size_t>(n_positions / kv_block + (n_positions % kv_block != 0)));
 }
@@ -183,7 +185,7 @@ Scheduler::Stats Scheduler::stats() {
     stats.n_live = static_cast<std::int64_t>(live_.size());
     stats.kv_bytes = model_->kv_pool()->bytes_in_use();
     for (const auto& request : live_)
-        stats.n_waiting += request->tokens_.empty() ? 1 : 0;
+        stats.n_waiting += request->n_drawn() == 0 ? 1 : 0;
     if (!parts_.empty() && pass_->n_left() > 0) stats.next_piece = costs_.estimate(pass_->next(0));
     return stats;
 }
@@ -615,7 +617,10 @@ std::vector<Outcome> by_request(const std::vector<Event>& events) {
     std::unordered_map<const Request*, std::size_t> places;
     for (const Event& event : events) {
         const auto [place, is_new] = places.try_emplace(event.request.get(), outcomes.size());
-        if (is_new) outcomes.push_back({event.request, event.request->take_text(), {}, false});
+        if (is_new) {
+            outcomes.push_back({event.request, {}, {}, false});
+            event.request->take_text(&outcomes.back().text);
+        }
         Outcome& mine = outcomes[place->second];
         if (event.token >= 0) {
             mine.tokens.push_back(event.token);

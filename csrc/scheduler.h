@@ -74,6 +74,8 @@ public:
     // came. None when there is nothing to do.
     std::vector<std::shared_ptr<Request>> run(const Check& check);
 
+    const std::shared_ptr<const Model>& model() const { return model_; }
+
     // Ends all requests.
     void end_all(Ending ending, const std::exception_ptr& error, const Deliver& deliver);
 

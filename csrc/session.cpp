@@ -210,30 +210,22 @@ void Session::leave_pass() {
     pass_ = nullptr;
 }
 
-void Session::append(const std::vector<std::int32_t>& tokens) {
+void Session::append(TokenSpan tokens) {
     const SessionLock lock(*this);
-    check(tokens.data(), tokens.size());
+    check(tokens.data, tokens.size);
     tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
 }
 
-void Session::append(const std::vector<std::int32_t>& tokens, std::size_t n_first,
-                     std::size_t n_most) {
+void Session::append(TokenSpan tokens, std::size_t n_first, std::size_t n_most) {
     const SessionLock lock(*this);
-    check_vocabulary(tokens.data(), tokens.size());
-    const std::size_t n = tokens_.size() + tokens.size();
-    if (n <= n_most) {
-        tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
-        return;
-    }
-    std::vector<std::int32_t> all;
-    all.reserve(n);
-    all.insert(all.end(), tokens_.begin(), tokens_.end());
-    all.insert(all.end(), tokens.begin(), tokens.end());
-    const auto first = all.begin() + static_cast<std::ptrdiff_t>(n_first);
-    all.erase(first, first + static_cast<std::ptrdiff_t>(n - n_most));
+    check_vocabulary(tokens.data, tokens.size);
+    const std::size_t n = tokens_.size() + tokens.size;
+    tokens_.insert(tokens_.end(), tokens.begin(), tokens.end());
+    if (n <= n_most) return;
     leave_pass();
     n_read_ = std::min(n_read_, n_first);
-    tokens_.swap(all);
+    const auto first = tokens_.begin() + static_cast<std::ptrdiff_t>(n_first);
+    tokens_.erase(first, first + static_cast<std::ptrdiff_t>(n - n_most));
 }
 
 void Session::drop_cache() {
@@ -379,11 +371,9 @@ void draw_each(std::vector<Draw>& draws) {
     if (draws.empty()) return;
     const Model& model = draws.front().session->model();
     const auto n = static_cast<std::int64_t>(draws.size());
-    std::vector<SessionLock> locks;
-    locks.reserve(draws.size());
     for (Draw& draw : draws) {
         try {
-            locks.emplace_back(*draw.session);
+            draw.lock.emplace(*draw.session);
             draw.session->read_all();
         } catch (...) {
             draw.error = std::current_exception();
@@ -402,6 +392,8 @@ void draw_each(std::vector<Draw>& draws) {
             }
         }
     });
+    for (Draw& draw : draws)
+        draw.lock.reset();
 }
 
 std::vector<double> score(Session& session, const std::vector<std::int32_t>& tokens,

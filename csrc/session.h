@@ -8,6 +8,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -24,6 +25,16 @@ struct Feed;
 
 // Rows computed together: enough to read each weight once for many, small enough for the caches.
 constexpr std::size_t max_rows = 256;
+
+// Tokens that somebody else keeps alive.
+struct TokenSpan {
+    TokenSpan(const std::vector<std::int32_t>& tokens) : data(tokens.data()), size(tokens.size()) {}
+    TokenSpan(const std::int32_t* tokens, std::size_t n) : data(tokens), size(n) {}
+    const std::int32_t* begin() const { return data; }
+    const std::int32_t* end() const { return data + size; }
+    const std::int32_t* data;
+    std::size_t size;
+};
 
 class Session {
 public:
@@ -48,10 +59,10 @@ public:
 
     // Appends tokens, unread. Throws Error before anything changes: invalid_argument for one
     // outside the vocabulary, context_full, busy.
-    void append(const std::vector<std::int32_t>& tokens);
+    void append(TokenSpan tokens);
     // The same, but of all tokens then there only the first n_first stay, and of the others the
     // newest, n_most all together: never context_full, for n_most within it.
-    void append(const std::vector<std::int32_t>& tokens, std::size_t n_first, std::size_t n_most);
+    void append(TokenSpan tokens, std::size_t n_first, std::size_t n_most);
     // Throws what append() would, but for busy.
     void check(const std::int32_t* tokens, std::size_t n) const;
     // Keeps the first n_tokens.
@@ -160,20 +171,12 @@ struct Draw {
     const std::vector<std::int32_t>* allowed;
     std::int32_t token = -1;
     std::exception_ptr error = nullptr;
+    std::optional<SessionLock> lock = std::nullopt;
 };
 
 // Draws from many sessions of one model, each once, side by side on its threads. Nothing is thrown:
 // each draw has a token or an error.
 void draw_each(std::vector<Draw>& draws);
-
-// Tokens that somebody else keeps alive.
-struct TokenSpan {
-    TokenSpan(const std::vector<std::int32_t>& tokens) : data(tokens.data()), size(tokens.size()) {}
-    const std::int32_t* begin() const { return data; }
-    const std::int32_t* end() const { return data + size; }
-    const std::int32_t* data;
-    std::size_t size;
-};
 
 // Tokens to append to one session.
 struct Feed {

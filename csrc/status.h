@@ -1,6 +1,7 @@
 // Status codes, the one exception type of the core, and checked integer arithmetic.
 #pragma once
 
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <stdexcept>
@@ -27,6 +28,13 @@ public:
 private:
     Status code_;
 };
+
+// A number in a message: the same in every locale.
+inline std::string number_text(double value) {
+    char text[32];
+    const auto end = std::to_chars(text, text + sizeof(text), value, std::chars_format::general, 6);
+    return {text, end.ptr};
+}
 
 // A view of bytes that somebody else keeps alive.
 struct ByteSpan {

@@ -92,7 +92,7 @@ void Tokenizer::read_pieces(const GgufFile& file) {
         const auto score = static_cast<float>(scores[i]);
         if (!std::isfinite(score)) {
             refuse(file, "tokenizer.ggml.scores: the score of token " + std::to_string(i) + " is " +
-                             std::to_string(score));
+                             number_text(static_cast<double>(score)));
         }
         if (types[i] < 1 || types[i] > 6) {
             refuse(file, "tokenizer.ggml.token_type: the type of token " + std::to_string(i) +

@@ -10,6 +10,7 @@
 #include <sys/mman.h>
 #endif
 
+#include "memory.h"
 #include "packing.h"
 
 namespace tinyllama {
@@ -237,13 +238,15 @@ Weights::Weights(const GgufFile& file, const Config& config, const KernelTable& 
 }
 
 AlignedBytes::AlignedBytes(std::size_t size)
-    : alignment_{size < large_page ? 64 : large_page},
-      data_(static_cast<std::uint8_t*>(::operator new(size, alignment_))) {
+    : size_(size),
+      alignment_(size < large_page ? 64 : large_page),
+      data_(static_cast<std::uint8_t*>(allocate(size_, alignment_))) {
+    if (data_ == nullptr) throw std::bad_alloc();
 #ifdef __linux__
     if (size >= large_page) madvise(data_, size, MADV_HUGEPAGE);
 #endif
 }
 
-AlignedBytes::~AlignedBytes() { ::operator delete(data_, alignment_); }
+AlignedBytes::~AlignedBytes() { release(data_, size_, alignment_); }
 
 }  // namespace tinyllama

@@ -24,7 +24,7 @@ public:
     std::uint8_t* data() const { return data_; }
 
 private:
-    std::align_val_t alignment_;
+    std::size_t size_, alignment_;
     std::uint8_t* data_;
 };
 

@@ -11,6 +11,7 @@ from types import ModuleType
 
 from . import errors
 from ._core import Event, __version__, supported_isas
+from .c_library import get_cmake_dir, get_include
 from .config import Config, RopeScaling
 from .errors import TinyllamaError
 from .generation import Choice, Completion, TokenLogprob, Usage
@@ -38,6 +39,8 @@ __all__ = [
     "__version__",
     "errors",
     "generate",
+    "get_cmake_dir",
+    "get_include",
     "load",
     "stream",
     "supported_isas",
