@@ -45,7 +45,8 @@ private:
 
 Background::Background(const std::shared_ptr<const Model>& model, std::int64_t max_live,
                        std::int64_t n_positions)
-    : scheduler_(model, max_live, n_positions, true), model_(model), process_(getpid()) {
+    : scheduler_(model, max_live, true), model_(model), process_(getpid()) {
+    scheduler_.reserve(n_positions);
     try {
         thread_ = std::thread([this] { run(); });
     } catch (const std::system_error& error) {

@@ -271,9 +271,10 @@ void bind_scheduler(py::module_& m) {
         });
 
     py::class_<Scheduler>(m, "Scheduler")
-        .def(py::init<std::shared_ptr<Model>, std::int64_t, std::int64_t>(),
-             py::call_guard<py::gil_scoped_release>(), py::arg("model"), py::arg("max_live") = 64,
-             py::arg("n_positions") = 0)
+        .def(py::init<std::shared_ptr<Model>, std::int64_t>(),
+             py::call_guard<py::gil_scoped_release>(), py::arg("model"), py::arg("max_live") = 64)
+        .def("reserve", &Scheduler::reserve, py::call_guard<py::gil_scoped_release>(),
+             py::arg("n_positions"))
         .def("warm_up", &Scheduler::warm_up, py::call_guard<py::gil_scoped_release>())
         .def("submit", &Scheduler::submit, py::arg("request"))
         .def(

@@ -63,15 +63,25 @@ void log_message(tl_status status, const std::string& message) {
 }
 
 tl_status describe(const std::exception_ptr& error, std::string* message) noexcept {
+    // The message may need memory that there is not: then it stays empty.
+    const auto keep = [message](tl_status status, const char* text) {
+        try {
+            *message = text;
+        } catch (const std::bad_alloc&) {
+            message->clear();
+        }
+        return status;
+    };
     try {
         std::rethrow_exception(error);
     } catch (const Error& known) {
-        *message = known.what();
-        return static_cast<tl_status>(known.code());
+        return keep(static_cast<tl_status>(known.code()), known.what());
     } catch (const std::bad_alloc&) {
-        return TL_NO_MEMORY;
+        return keep(TL_NO_MEMORY, "no memory left");
+    } catch (const std::exception& other) {
+        return keep(TL_IO_ERROR, other.what());
     } catch (...) {
-        return TL_IO_ERROR;
+        return keep(TL_IO_ERROR, "unknown");
     }
 }
 
@@ -102,13 +112,6 @@ tl_status tl_set_allocator(void* (*allocate)(size_t, size_t, void*),
 void tl_set_log(void (*log)(tl_status, const char*, void*), void* user) { the_log = {log, user}; }
 
 // --- models -------------------------------------------------------------------------------------
-
-tl_model_def tl_default_model_def(void) {
-    tl_model_def def = {};
-    def.struct_size = sizeof(def);
-    def.n_threads = 1;
-    return def;
-}
 
 tl_status tl_model_open(const tl_model_def* def, tl_model** model) {
     return guarded([&] {

@@ -5,12 +5,14 @@
 #include <exception>
 #include <memory>
 #include <new>
+#include <stdexcept>
 #include <string>
 #include <utility>
 
 #include "float_mode.h"
 #include "include/tinyllama.h"
 #include "model.h"
+#include "request.h"
 #include "session.h"
 #include "status.h"
 #include "tokenizer.h"
@@ -22,6 +24,7 @@ struct tl_model {
 struct tl_session {
     std::shared_ptr<tinyllama::Session> session;
     std::shared_ptr<tinyllama::StreamDecoder> text;  // of what was drawn last, or null
+    std::weak_ptr<tinyllama::Request> request;       // the latest on it
 };
 
 namespace tinyllama {
@@ -47,6 +50,9 @@ tl_status guarded(const F& call) noexcept {
     } catch (const std::bad_alloc&) {
         set_last_error(TL_NO_MEMORY, "there is no memory left");
         return TL_NO_MEMORY;
+    } catch (const std::length_error& error) {
+        set_last_error(TL_INVALID_ARGUMENT, error.what());
+        return TL_INVALID_ARGUMENT;
     } catch (const std::exception& error) {
         set_last_error(TL_IO_ERROR, error.what());
         return TL_IO_ERROR;

@@ -2,6 +2,7 @@
 // takes memory.
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <exception>
@@ -20,9 +21,9 @@ static_assert(static_cast<int>(Ending::error) == TL_FAILED);
 
 struct tl_scheduler {
     tl_scheduler(const std::shared_ptr<const Model>& model, const tl_scheduler_def& def)
-        : scheduler(model, def.max_sessions, def.reserve_tokens),
-          slots(static_cast<std::size_t>(def.max_requests)) {
+        : scheduler(model, def.max_sessions), slots(static_cast<std::size_t>(def.max_requests)) {
         scheduler.warm_up();
+        scheduler.reserve(def.reserve_tokens);
         events.reserve(slots.size());
         errors.reserve(slots.size());  // events point at them
         const auto n_tokens = static_cast<std::size_t>(16 * std::min(def.max_sessions, 4096));
@@ -31,19 +32,34 @@ struct tl_scheduler {
         places.reserve(slots.size());
     }
 
+    // One thread at a time; a second one gets an error.
+    class Turn {
+    public:
+        explicit Turn(tl_scheduler& scheduler) : scheduler_(scheduler) {
+            if (scheduler.in_use.exchange(true))
+                throw Error(Status::busy, "the scheduler is in use by another thread");
+        }
+        Turn(const Turn&) = delete;
+        Turn& operator=(const Turn&) = delete;
+        ~Turn() { scheduler_.in_use.store(false); }
+
+    private:
+        tl_scheduler& scheduler_;
+    };
+
     struct Slot {
         std::shared_ptr<Request> request;
         void* user = nullptr;
-        std::uint32_t n_uses = 0;
+        std::uint32_t number = 0;   // of its request
         std::ptrdiff_t event = -1;  // in events, while they are made
     };
 
     tl_request handle(std::size_t slot) const {
-        return std::uint64_t{slots[slot].n_uses} << 32 | (slot + 1);
+        return std::uint64_t{slots[slot].number} << 32 | (slot + 1);
     }
     Slot& slot_of(tl_request request) {
         const std::size_t i = (request & 0xFFFFFFFFu) - 1;
-        if (i >= slots.size() || slots[i].request == nullptr || slots[i].n_uses != request >> 32)
+        if (i >= slots.size() || slots[i].request == nullptr || slots[i].number != request >> 32)
             refuse("there is no request " + std::to_string(request) + ", or it has ended");
         return slots[i];
     }
@@ -52,6 +68,7 @@ struct tl_scheduler {
     void take(const std::vector<Event>& happened);
     void describe_end(const Request& request, tl_event* event);
 
+    std::atomic<bool> in_use{false};
     Scheduler scheduler;
     std::vector<Slot> slots;
     std::unordered_map<const Request*, std::size_t> places;  // of requests in slots
@@ -61,6 +78,9 @@ struct tl_scheduler {
     std::vector<std::int32_t> tokens;  // likewise
     std::vector<std::string> errors;
 };
+
+// So that a request of one scheduler is none of another's.
+static std::atomic<std::uint32_t> n_requests{1};
 
 std::size_t tl_scheduler::free_slot() const {
     for (std::size_t i = 0; i < slots.size(); ++i)
@@ -79,12 +99,15 @@ void tl_scheduler::enter(std::size_t slot, std::shared_ptr<Request> request, voi
     }
     slots[slot].request = std::move(request);
     slots[slot].user = user;
-    slots[slot].n_uses += 1;
+    slots[slot].number = n_requests.fetch_add(1);
 }
 
 // One event for each request. Texts and tokens may move while they are collected: what points at
 // them is set at the end.
 void tl_scheduler::take(const std::vector<Event>& happened) {
+    for (const Event& one : happened)
+        slots[places.at(one.request.get())].event = -1;
+    tokens.reserve(happened.size());
     for (const Event& one : happened) {
         Slot& slot = slots[places.at(one.request.get())];
         if (slot.event < 0) {
@@ -141,7 +164,7 @@ void tl_scheduler::describe_end(const Request& request, tl_event* event) {
     } catch (...) {
         std::string message;
         event->status = describe(std::current_exception(), &message);
-        errors.push_back(std::move(message));
+        errors.push_back(std::move(message));  // there is room
         event->error = errors.back().c_str();
     }
 }
@@ -210,14 +233,6 @@ Urgency urgency_of(const tl_request_def& def) {
 
 extern "C" {
 
-tl_scheduler_def tl_default_scheduler_def(void) {
-    tl_scheduler_def def = {};
-    def.struct_size = sizeof(def);
-    def.max_sessions = 64;
-    def.max_requests = 256;
-    return def;
-}
-
 tl_status tl_scheduler_create(tl_model* model, const tl_scheduler_def* def,
                               tl_scheduler** scheduler) {
     return guarded([&] {
@@ -236,24 +251,18 @@ tl_status tl_scheduler_create(tl_model* model, const tl_scheduler_def* def,
 
 void tl_scheduler_close(tl_scheduler* scheduler) { delete scheduler; }
 
-tl_request_def tl_default_request_def(void) {
-    tl_request_def def = {};
-    def.struct_size = sizeof(def);
-    def.temperature = 1.0f;
-    def.top_p = 0.9f;
-    def.repetition_penalty = 1.0f;
-    def.n_keep = 1;
-    return def;
-}
-
 tl_status tl_scheduler_submit(tl_scheduler* scheduler, const tl_request_def* def,
                               tl_request* request) {
     return guarded([&] {
         require(scheduler, "scheduler");
+        const tl_scheduler::Turn turn(*scheduler);
         const tl_request_def d = read_def(def, tl_default_request_def(), "tl_request_def");
         require(d.session, "session");
         const std::size_t slot = scheduler->free_slot();
         const std::shared_ptr<Session>& session = d.session->session;
+        const std::shared_ptr<Request> before = d.session->request.lock();
+        if (before != nullptr && before->ending() == Ending::none)
+            refuse("the session has a request that goes on");
         const Tokenizer& tokenizer = session->model().tokenizer();
         Form form;
         form.texts = copy_strings(d.choices, d.n_choices, "choices");
@@ -266,6 +275,7 @@ tl_status tl_scheduler_submit(tl_scheduler* scheduler, const tl_request_def* def
                                       limits_of(d, tokenizer), std::nullopt, urgency_of(d), form);
         scheduler->enter(slot, made, d.user);
         d.session->text = form.kind.empty() ? text : nullptr;
+        d.session->request = made;
         if (request != nullptr) *request = scheduler->handle(slot);
     });
 }
@@ -273,6 +283,7 @@ tl_status tl_scheduler_submit(tl_scheduler* scheduler, const tl_request_def* def
 tl_status tl_scheduler_step(tl_scheduler* scheduler, double budget_ms) {
     return guarded([&] {
         require(scheduler, "scheduler");
+        const tl_scheduler::Turn turn(*scheduler);
         if (!(budget_ms >= 0)) refuse("budget_ms is not 0 or more");
         const auto deliver = [scheduler](const std::vector<Event>& happened) {
             scheduler->events.clear();
@@ -288,14 +299,17 @@ tl_status tl_scheduler_step(tl_scheduler* scheduler, double budget_ms) {
 
 bool tl_scheduler_next_event(tl_scheduler* scheduler, tl_event* event) {
     if (scheduler == nullptr || event == nullptr) return false;
-    if (scheduler->next_event >= scheduler->events.size()) return false;
-    *event = scheduler->events[scheduler->next_event++];
-    return true;
+    if (scheduler->in_use.exchange(true)) return false;
+    const bool is_one = scheduler->next_event < scheduler->events.size();
+    if (is_one) *event = scheduler->events[scheduler->next_event++];
+    scheduler->in_use.store(false);
+    return is_one;
 }
 
 tl_status tl_request_cancel(tl_scheduler* scheduler, tl_request request) {
     return guarded([&] {
         require(scheduler, "scheduler");
+        const tl_scheduler::Turn turn(*scheduler);
         scheduler->slot_of(request).request->cancel();
     });
 }
@@ -303,6 +317,7 @@ tl_status tl_request_cancel(tl_scheduler* scheduler, tl_request request) {
 tl_status tl_request_pause(tl_scheduler* scheduler, tl_request request, bool paused) {
     return guarded([&] {
         require(scheduler, "scheduler");
+        const tl_scheduler::Turn turn(*scheduler);
         Request& found = *scheduler->slot_of(request).request;
         paused ? found.pause() : found.resume();
     });
@@ -312,6 +327,7 @@ tl_status tl_request_save(tl_scheduler* scheduler, tl_request request, bool with
                           size_t capacity, size_t* n) {
     return guarded([&] {
         require(scheduler, "scheduler");
+        const tl_scheduler::Turn turn(*scheduler);
         require(blob, capacity, "blob");
         require(n, "n");
         const std::string saved = save(*scheduler->slot_of(request).request, with_cache);
@@ -323,6 +339,7 @@ tl_status tl_request_restore(tl_scheduler* scheduler, const void* blob, size_t n
                              tl_session** session, tl_request* request) {
     return guarded([&] {
         require(scheduler, "scheduler");
+        const tl_scheduler::Turn turn(*scheduler);
         require(blob, n, "blob");
         require(session, "session");
         const std::size_t slot = scheduler->free_slot();
@@ -333,6 +350,7 @@ tl_status tl_request_restore(tl_scheduler* scheduler, const void* blob, size_t n
         made->session = std::move(restored.session);
         const auto again = std::make_shared<Request>(made->session, *restored.request);
         if (restored.request->form.kind.empty()) made->text = again->decoder();
+        made->request = again;
         scheduler->enter(slot, again, user);
         *session = made.release();
         if (request != nullptr) *request = scheduler->handle(slot);
@@ -342,6 +360,7 @@ tl_status tl_request_restore(tl_scheduler* scheduler, const void* blob, size_t n
 tl_status tl_scheduler_get_stats(tl_scheduler* scheduler, tl_stats* stats) {
     return guarded([&] {
         require(scheduler, "scheduler");
+        const tl_scheduler::Turn turn(*scheduler);
         require(stats, "stats");
         const Scheduler::Stats found = scheduler->scheduler.stats();
         tl_stats result = {};

@@ -1,7 +1,5 @@
 #include "parallel.h"
 
-#include "float_mode.h"
-
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
@@ -291,6 +289,8 @@ struct Threads::Crew {
             workers[i]->call();
             return;
         }
+        // Late ones come to this work as well: no more are needed.
+        if (n_users.load() > static_cast<int>(i) + 1) return;
         n_users.fetch_add(1);
         const auto help = [](void* context) {
             auto* const crew = static_cast<Crew*>(context);

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <memory>
 
+#include "float_mode.h"
+
 namespace tinyllama {
 
 // Physical cores this process may use: affinity mask and cgroup quota respected, at least 1.
@@ -71,6 +73,7 @@ public:
     template <typename Body>
     void run_team(int n, const Body& body,
                   std::chrono::microseconds patience = std::chrono::microseconds(100)) {
+        const FloatMode defaults;  // as the workers compute
         if (n <= 1) {
             body(Team(0, 1, nullptr));
             return;

@@ -38,15 +38,15 @@ void Request::begin() {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (std::exchange(begun_, true)) return;
     try {
+        // More than any step makes: those of an endless text take no memory (see forget()).
+        tokens_.reserve(64);
+        text_.reserve(512);
         append_prompt();
     } catch (...) {
         begun_ = false;
         throw;
     }
     prompt_ = {};
-    // More than any step makes: those of an endless text take no memory (see forget()).
-    tokens_.reserve(64);
-    text_.reserve(512);
     params_.n_prompt_tokens = early_params_.n_prompt_tokens = session_->n_tokens();
     try {
         if (make_room() && limits_.max_new_tokens.value_or(1) <= 0) end(Ending::length);

@@ -5,7 +5,6 @@
 #include <functional>
 #include <iterator>
 #include <string>
-#include <unordered_map>
 
 #include "status.h"
 #include "tokenizer.h"
@@ -28,7 +27,7 @@ struct Buffers {
     std::vector<std::pair<std::int32_t, float>> changed;
     std::vector<std::int32_t> breaking;
     std::vector<Candidate> candidates;
-    std::vector<std::int32_t> allowed, likeliest;
+    std::vector<std::int32_t> allowed, likeliest, seen;
     Logits few, fewer;
     std::vector<float> maxima;
 };
@@ -180,11 +179,11 @@ bool adjusts(const SamplingParams& params) {
 }
 
 void adjust(Adjusted& logits, const std::vector<std::int32_t>& history,
-            const SamplingParams& params) {
+            const SamplingParams& params, std::vector<std::int32_t>& seen) {
     for (const auto& [token, bias] : params.logit_bias)
         logits.set(token, logits[token] + bias);
     if (params.repetition_penalty != 1.0f) {
-        std::vector<std::int32_t> seen = history;
+        seen = history;
         std::sort(seen.begin(), seen.end());
         seen.erase(std::unique(seen.begin(), seen.end()), seen.end());
         const float penalty = params.repetition_penalty;
@@ -194,13 +193,16 @@ void adjust(Adjusted& logits, const std::vector<std::int32_t>& history,
         }
     }
     if (params.presence_penalty != 0.0f || params.frequency_penalty != 0.0f) {
-        std::unordered_map<std::int32_t, int> counts;
-        for (auto i = static_cast<std::size_t>(params.n_prompt_tokens); i < history.size(); ++i)
-            ++counts[history[i]];
-        for (const auto& [token, count] : counts) {
-            const float less =
-                params.presence_penalty + params.frequency_penalty * static_cast<float>(count);
-            logits.set(token, logits[token] - less);
+        const auto n_prompt =
+            std::min(static_cast<std::size_t>(params.n_prompt_tokens), history.size());
+        seen.assign(history.begin() + static_cast<std::ptrdiff_t>(n_prompt), history.end());
+        std::sort(seen.begin(), seen.end());
+        for (auto first = seen.begin(); first != seen.end();) {
+            const auto last = std::upper_bound(first, seen.end(), *first);
+            const float less = params.presence_penalty +
+                               params.frequency_penalty * static_cast<float>(last - first);
+            logits.set(*first, logits[*first] - less);
+            first = last;
         }
     }
     for (const std::int32_t token : params.banned)
@@ -406,7 +408,7 @@ std::int32_t sample(const KernelTable& kernels, Logits& logits,
     }
     Buffers& buffers = this_threads_buffers();
     Adjusted adjusted(logits, buffers.changed);
-    adjust(adjusted, history, params);
+    adjust(adjusted, history, params, buffers.seen);
     if (allowed != nullptr)
         return draw_allowed(kernels, buffers, logits, params, random, text, *allowed);
     if (text != nullptr) {

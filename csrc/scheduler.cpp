@@ -46,21 +46,25 @@ private:
     Scheduler& scheduler_;
 };
 
-Scheduler::Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live,
-                     std::int64_t n_positions, bool alone)
+Scheduler::Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live, bool alone)
     : model_(std::move(model)),
       max_live_(max_live),
       alone_(alone),
       pass_(std::make_unique<Pass>(*model_)) {
     // Sixteen tokens of each in one step: no step in a frame makes more.
     events_.reserve(static_cast<std::size_t>(16 * std::min<std::int64_t>(max_live_, 4096)));
-    model_->kv_pool()->keep(
-        static_cast<std::size_t>(n_positions / kv_block + (n_positions % kv_block != 0)));
 }
 
 Scheduler::~Scheduler() {
     abandon();
-    model_->kv_pool()->let_go();
+    if (keeps_memory_) model_->kv_pool()->let_go();
+}
+
+void Scheduler::reserve(std::int64_t n_positions) {
+    model_->kv_pool()->keep(
+        static_cast<std::size_t>(n_positions / kv_block + (n_positions % kv_block != 0)));
+    if (keeps_memory_) model_->kv_pool()->let_go();
+    keeps_memory_ = true;
 }
 
 void Scheduler::warm_up() {
@@ -99,6 +103,8 @@ void Scheduler::submit(std::shared_ptr<Request> request) {
             throw Error(Status::invalid_argument,
                         "the session is in this scheduler already, with a request that goes on");
     }
+    known_.reserve(known_.size() + 1);
+    live_.reserve(live_.size() + 1);
     request->begin();
     known_.erase(std::remove_if(known_.begin(), known_.end(),
                                 [&](const auto& weak) {
@@ -503,6 +509,8 @@ bool Scheduler::fly(Budget& budget, const Check& check) {
     for (const Part& part : parts_) {
         if (!takes_part(part)) continue;  // it left: all is read again
         Session& session = *part.request->session_;
+        const SessionGlance lock(session);
+        if (!lock.owns()) continue;  // somebody is at it: likewise
         session.pass_ = nullptr;
         session.has_read(part.n_rows);
         stats_.n_read += static_cast<std::int64_t>(part.n_rows);
@@ -600,6 +608,10 @@ void Scheduler::fail(const std::shared_ptr<Request>& request, std::exception_ptr
 
 std::vector<std::shared_ptr<Request>> Scheduler::remove_ended() {
     std::vector<std::shared_ptr<Request>> ended;
+    ended.reserve(
+        static_cast<std::size_t>(std::count_if(live_.begin(), live_.end(), [](const auto& request) {
+            return request->ending_ != Ending::none;
+        })));
     std::size_t n_left = 0;
     for (auto& request : live_) {
         if (request->ending_ == Ending::none) {

@@ -43,12 +43,10 @@ class Scheduler {
 public:
     using Check = std::function<void()>;
 
-    // More than max_live requests wait until others have ended. Memory for the keys and values of
-    // n_positions, all requests together, is taken and touched now; none that is taken later is
-    // given back as long as the scheduler lives. `alone`: sessions of requests that have ended are
-    // not looked at, as other threads may use them. Throws std::bad_alloc.
+    // More than max_live requests wait until others have ended. `alone`: sessions of requests that
+    // have ended are not looked at, as other threads may use them. Throws std::bad_alloc.
     explicit Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live = 64,
-                       std::int64_t n_positions = 0, bool alone = false);
+                       bool alone = false);
     ~Scheduler();
     Scheduler(const Scheduler&) = delete;
     Scheduler& operator=(const Scheduler&) = delete;
@@ -56,6 +54,10 @@ public:
     // Computes some passes over nothing, of one row and of more, so that the first step under a
     // budget knows what pieces cost, and threads and memory are there. Throws std::bad_alloc.
     void warm_up();
+
+    // Takes and touches memory for the keys and values of n_positions, all requests together; none
+    // that is taken later is given back as long as the scheduler lives. Throws std::bad_alloc.
+    void reserve(std::int64_t n_positions);
 
     // Takes part from the next step on. Throws Error(invalid_argument) for a session of another
     // model, or one with a request here that has not ended.
@@ -139,6 +141,7 @@ private:
     std::shared_ptr<const Model> model_;
     std::int64_t max_live_;
     bool alone_;
+    bool keeps_memory_ = false;
     std::unique_ptr<Pass> pass_;
     Costs costs_;
     std::atomic<bool> in_use_{false};

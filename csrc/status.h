@@ -1,9 +1,9 @@
 // Status codes, the one exception type of the core, and checked integer arithmetic.
 #pragma once
 
-#include <charconv>
 #include <cstddef>
 #include <cstdint>
+#include <cstdio>
 #include <stdexcept>
 #include <string>
 
@@ -32,8 +32,11 @@ private:
 // A number in a message: the same in every locale.
 inline std::string number_text(double value) {
     char text[32];
-    const auto end = std::to_chars(text, text + sizeof(text), value, std::chars_format::general, 6);
-    return {text, end.ptr};
+    std::snprintf(text, sizeof(text), "%.6g", value);
+    std::string result = text;
+    for (char& c : result)
+        if (c == ',') c = '.';
+    return result;
 }
 
 // A view of bytes that somebody else keeps alive.

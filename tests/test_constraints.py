@@ -294,7 +294,10 @@ def test_an_error_of_a_grammar_is_kept_as_a_message_only(model):
 
 def test_an_interrupt_in_a_grammar_is_not_lost(model):
     scheduler = model.scheduler()
-    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    handlers = {
+        number: signal.signal(number, signal.default_int_handler)
+        for number in (signal.SIGALRM, signal.SIGINT)
+    }
     try:
         for _ in range(5):
             request = scheduler.submit(PROMPT, regex="[ab]{2500}", on_overflow="shift")
@@ -306,7 +309,8 @@ def test_an_interrupt_in_a_grammar_is_not_lost(model):
             request.cancel()
             scheduler.step(0)
     finally:
-        signal.signal(signal.SIGALRM, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     assert model.generate(PROMPT, regex="[ab]{2}", seed=1) != ""
 
 

@@ -18,6 +18,7 @@ HERE = Path(__file__).parent
 SETUP = (
     f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
     "import math, os, signal, threading, time\n"
+    "signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever we inherited\n"
     "import tinyllama\n"
     "from random_models import tiny_model\n"
     "def text(model, seed=3): return model.generate('the rain', seed=seed, max_new_tokens=20)\n"
@@ -185,6 +186,7 @@ def test_ctrl_c_ends_the_command(tmp_path):
             [*command, "generate", "--num-return-sequences", "5000"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         time.sleep(rng.uniform(0.6, 1.2))
         process.send_signal(signal.SIGINT)

@@ -12,11 +12,14 @@
  * - A function that can fail returns a tl_status; tl_last_error() then tells what was wrong. What
  *   fails changes nothing, and what is returned through pointers is written on success only.
  * - No function exits, aborts, prints, throws, installs a signal handler or reads the locale.
- * - A session or a scheduler is used by one thread at a time; a second one gets TL_BUSY.
+ * - A session or a scheduler is used by one thread at a time; a second one gets TL_BUSY. While its
+ *   request goes on, a session is for the thread that steps, between its steps.
  * - Text is UTF-8 of a given length, and need not end in 0. Arrays are copied: what is passed in
  *   need not outlive the call.
- * - Begin with the default of a definition and change what you want: fields that later versions add
- *   keep their defaults, by struct_size.
+ * - Begin with the default of a definition and change what you want: a later library takes the
+ *   shorter definitions of an earlier header, by struct_size. Structs that are filled for you
+ * change with the library's SOVERSION only.
+ * - What you hand over (allocator, log, task system) must not throw, nor call back into tl_*.
  * - Where a buffer is filled: *n is what there is, and TL_BUFFER_TOO_SMALL, with nothing written,
  *   where capacity is less. Null with a capacity of 0 only asks for n.
  *
@@ -30,6 +33,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 #if defined(_WIN32) && defined(TINYLLAMA_SHARED)
 #ifdef TINYLLAMA_BUILD
@@ -76,22 +80,25 @@ TL_API const char* tl_last_error(void);
 
 /* Where memory comes from. `allocate` returns null when there is none; both are called by any
  * thread. The shared library takes all its memory there; the static one that of weights, keys and
- * values, and the rest from operator new, which is yours to replace. To be called before anything
- * else: TL_BUSY once memory is in use. Null functions: the system's. */
+ * values, and the rest from operator new, which is yours to replace (as does a shared library built
+ * where there is no static libstdc++). To be called before anything else: TL_BUSY once memory is in
+ * use. Threads that drew tokens keep some buffers until they end, so it has to outlive them. Null
+ * functions: the system's. */
 TL_API tl_status tl_set_allocator(void* (*allocate)(size_t size, size_t alignment, void* user),
                                   void (*release)(void* memory, size_t size, size_t alignment,
                                                   void* user),
                                   void* user);
 
 /* Told what is opened, and the message of every call that fails. Called by the thread that calls.
- * Null for none, as in the beginning. */
+ * To be set while no other thread is in the library. Null for none, as in the beginning. */
 TL_API void tl_set_log(void (*log)(tl_status status, const char* message, void* user), void* user);
 
 /* --- models -------------------------------------------------------------------------------- */
 
 /* Your task system, in place of threads of the library's own: has task(context) called soon, once,
- * on any thread but the calling one. Nothing is waited for: what no task picks up in time, the
- * calling thread does. */
+ * on any thread but the calling one, with n_threads above 1. Nothing is waited for: what no task
+ * picks up in time, the calling thread does. A task may be late, even after tl_model_close(), when
+ * it only frees memory; at most n_threads - 1 are on their way at once. */
 typedef void tl_enqueue(void (*task)(void* context), void* context, void* user);
 
 typedef struct tl_model_def {
@@ -118,7 +125,13 @@ typedef struct tl_model_info {
     const char* isa;            /* kernel set in use; valid as long as the model */
 } tl_model_info;
 
-TL_API tl_model_def tl_default_model_def(void);
+static inline tl_model_def tl_default_model_def(void) {
+    tl_model_def def;
+    memset(&def, 0, sizeof(def));
+    def.struct_size = sizeof(def);
+    def.n_threads = 1;
+    return def;
+}
 TL_API tl_status tl_model_open(const tl_model_def* def, tl_model** model);
 /* Sessions and schedulers made from it may outlive it. Null is fine, here and in all that close. */
 TL_API void tl_model_close(tl_model* model);
@@ -242,13 +255,29 @@ typedef struct tl_stats {
     double next_piece_ms; /* what the next is thought to take: a smaller budget does nothing */
 } tl_stats;
 
-TL_API tl_scheduler_def tl_default_scheduler_def(void);
+static inline tl_scheduler_def tl_default_scheduler_def(void) {
+    tl_scheduler_def def;
+    memset(&def, 0, sizeof(def));
+    def.struct_size = sizeof(def);
+    def.max_sessions = 64;
+    def.max_requests = 256;
+    return def;
+}
 /* Computes for some milliseconds, to learn what its pieces of work cost. */
 TL_API tl_status tl_scheduler_create(tl_model* model, const tl_scheduler_def* def,
                                      tl_scheduler** scheduler);
 TL_API void tl_scheduler_close(tl_scheduler* scheduler);
 
-TL_API tl_request_def tl_default_request_def(void);
+static inline tl_request_def tl_default_request_def(void) {
+    tl_request_def def;
+    memset(&def, 0, sizeof(def));
+    def.struct_size = sizeof(def);
+    def.temperature = 1.0f;
+    def.top_p = 0.9f;
+    def.repetition_penalty = 1.0f;
+    def.n_keep = 1;
+    return def;
+}
 /* Queues a text to be continued from the next step on. The session may be used between steps, and
  * has one request at a time. */
 TL_API tl_status tl_scheduler_submit(tl_scheduler* scheduler, const tl_request_def* def,

@@ -189,9 +189,11 @@ class Scheduler:
     Whatever happens to a request, the others go on; Ctrl-C is raised between two pieces of work,
     and the next step goes on from there."""
 
-    def __init__(self, model: Model, max_live: int = ..., n_positions: int = ...) -> None: ...
+    def __init__(self, model: Model, max_live: int = ...) -> None: ...
     def warm_up(self) -> None:
         """Measure passes of 1 to max_live rows, so that the first budget is kept."""
+    def reserve(self, n_positions: int) -> None:
+        """Take memory for so many now, and give none back while the scheduler lives."""
     def submit(self, request: Request) -> None:
         """Takes part from the next step on."""
     def step(self, budget_ms: float | None = ...) -> list[Event]:

@@ -97,19 +97,17 @@ class Scheduler:
         background: bool = False,
     ) -> None:
         self.model = model
-        arguments = (
-            model._core,
-            as_int("max_sessions", max_sessions, 1, 2**31 - 1),
-            as_int("reserve_tokens", reserve_tokens, 0, 2**63 - 1),
-        )
+        max_sessions = as_int("max_sessions", max_sessions, 1, 2**31 - 1)
+        reserve_tokens = as_int("reserve_tokens", reserve_tokens, 0, 2**63 - 1)
         self._core: _core.Scheduler | _core.Background | None
         if background:
-            self._core = _core.Background(*arguments)
+            self._core = _core.Background(model._core, max_sessions, reserve_tokens)
             # Before the interpreter ends, too: the thread may need it.
             self._stop = weakref.finalize(self, self._core.stop)
         else:
-            self._core = _core.Scheduler(*arguments)
+            self._core = _core.Scheduler(model._core, max_sessions)
             self._core.warm_up()
+            self._core.reserve(reserve_tokens)
         self._live: set[Request] = set()  # what events name, whether anybody else holds it or not
 
     @takes_sampling

@@ -398,6 +398,11 @@ std::vector<Tree> seed_models() {
     return trees;
 }
 
+Tree large_model() {
+    Random random(2, 0);
+    return seed_model(Shape{256, 512, 2, 8, 4, 32, f32, false, true}, random);
+}
+
 std::string write(const Tree& tree) {
     std::vector<Field> fields;
     return write_fields(tree, &fields, &fields);

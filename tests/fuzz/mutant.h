@@ -55,6 +55,9 @@ struct Tree {
 // without byte tokens, rope scaling and head_dim apart from dim / n_heads.
 std::vector<Tree> seed_models();
 
+// One whose passes are worth several threads.
+Tree large_model();
+
 std::string write(const Tree& tree);
 
 // One to four changes to the tree (well formed, but for what they say), to the integers of the

@@ -200,7 +200,7 @@ void however_it_is_cut(const std::string& bytes) {
     for (std::size_t i = 3; i < 12; i += 4)
         EXPECT(all[i] == "ab" || all[i] == "abc" || all[i] == "ba");
     tl_model_close(model);
-    // Other threads, ours or not, and a context cut short, say the same.
+    // Other threads say the same.
     tl_model_def def = definition(bytes);
     def.n_threads = 3;
     tl_model* many = nullptr;
@@ -558,8 +558,9 @@ bool life(const std::string& bytes) {
     request.n_choices = 2;
     request.session = again;
     well = well && tl_scheduler_submit(scheduler, &request, nullptr) == TL_OK;
-    for (int i = 0; well && i < 60; ++i) {
-        well = tl_scheduler_step(scheduler, 0.02) == TL_OK;
+    // Also after something failed, with steps in which several end, and one fails.
+    for (int i = 0; scheduler != nullptr && i < 40; ++i) {
+        if (tl_scheduler_step(scheduler, i % 2 == 0 ? 0.02 : 1e9) != TL_OK) well = false;
         if (i == 3 && tl_request_save(scheduler, handle, false, blob, sizeof(blob), &n) == TL_OK)
             well =
                 well && tl_request_restore(scheduler, blob, n, nullptr, &third, nullptr) == TL_OK;
@@ -611,9 +612,13 @@ public:
     static void enqueue(void (*task)(void*), void* context, void* user) {
         auto* const self = static_cast<Tasks*>(user);
         const std::lock_guard<std::mutex> lock(self->mutex_);
+        self->n_enqueued += 1;
         self->queue_.emplace_back(task, context);
+        expect(self->queue_.size() <= 2, "more tasks than threads", __LINE__);
         self->changed_.notify_one();
     }
+
+    long n_enqueued = 0;
 
 private:
     void work() {
@@ -638,6 +643,7 @@ private:
 };
 
 void other_peoples_threads(const std::string& bytes) {
+    long n_enqueued = 0;
     tl_model* const model = open(bytes);
     const Texts expected = tell(model, 8, 1e9);
     tl_model_close(model);
@@ -649,9 +655,11 @@ void other_peoples_threads(const std::string& bytes) {
         def.enqueue_user = &tasks;
         tl_model* busy = nullptr;
         OK(tl_model_open(&def, &busy));
-        EXPECT(tell(busy, 8, 0.1) == expected);
+        EXPECT(tell(busy, 8, 2.0) == expected);
         tl_model_close(busy);
+        n_enqueued += tasks.n_enqueued;
     }
+    EXPECT(n_enqueued > 20);
 }
 
 void eight_threads(const std::string& bytes) {
@@ -668,7 +676,7 @@ void eight_threads(const std::string& bytes) {
     for (int t = 0; t < 8; ++t) {
         threads.emplace_back([&] {
             for (int round = 0; round < 3; ++round) {
-                if (tell(model, 6, 0.05) != expected) ++n_wrong;
+                if (tell(model, 6, 2.0) != expected) ++n_wrong;
                 for (int i = 0; i < 50; ++i) {
                     const char* const ways[] = {"a", "b"};
                     double scores[2];
@@ -686,6 +694,59 @@ void eight_threads(const std::string& bytes) {
     tl_model_close(model);
     std::printf("check_capi: eight threads, %d times one was told that a session is in use\n",
                 n_busy.load());
+}
+
+// The second one is told; nothing is torn.
+void one_scheduler_for_two_threads(const std::string& bytes) {
+    tl_model* const model = open(bytes);
+    const tl_scheduler_def def = tl_default_scheduler_def();
+    tl_scheduler* scheduler = nullptr;
+    OK(tl_scheduler_create(model, &def, &scheduler));
+    std::atomic<int> n_wrong{0}, n_ended{0}, n_busy{0};
+    std::vector<std::thread> threads;
+    for (int t = 0; t < 3; ++t) {
+        threads.emplace_back([&, t] {
+            const auto told = [&](tl_status status) {
+                if (status == TL_BUSY) ++n_busy;
+                return status == TL_BUSY;
+            };
+            for (int i = 0; i < 200; ++i) {
+                tl_session* session = nullptr;
+                OK(tl_session_create(model, static_cast<std::uint64_t>(t), &session));
+                OK(tl_session_append(session, "ab", 2));
+                tl_request_def request = tl_default_request_def();
+                request.session = session;
+                request.max_new_tokens = 2;
+                tl_request handle = 0;
+                tl_status status = tl_scheduler_submit(scheduler, &request, &handle);
+                if (status != TL_OK && !told(status) && status != TL_NO_MEMORY) ++n_wrong;
+                status = tl_scheduler_step(scheduler, 0.1);
+                if (status != TL_OK && !told(status)) ++n_wrong;
+                tl_event event;
+                while (tl_scheduler_next_event(scheduler, &event))
+                    n_ended += event.finish != TL_GOES_ON;
+                if (handle != 0 && i % 3 == 0) told(tl_request_cancel(scheduler, handle));
+                tl_session_close(session);
+            }
+        });
+    }
+    for (std::thread& thread : threads)
+        thread.join();
+    EXPECT(n_wrong == 0);
+    EXPECT(n_ended > 0);
+    step_all(scheduler, 1, 1e9);
+    // Handles of one scheduler are none of another's; a session has one request, wherever.
+    tl_scheduler* other = nullptr;
+    OK(tl_scheduler_create(model, &def, &other));
+    const Character character = join(model, scheduler, 0);
+    EXPECT(tl_request_cancel(other, character.request) == TL_INVALID_ARGUMENT);
+    tl_request_def request = tl_default_request_def();
+    request.session = character.session;
+    EXPECT(tl_scheduler_submit(other, &request, nullptr) == TL_INVALID_ARGUMENT);
+    tl_scheduler_close(other);
+    tl_scheduler_close(scheduler);
+    tl_session_close(character.session);
+    tl_model_close(model);
 }
 
 // --- a steady state -----------------------------------------------------------------------------
@@ -724,6 +785,8 @@ void steady_state(const std::string& bytes, long n_steps) {
     tl_request_def request = tl_default_request_def();
     request.on_overflow = TL_SHIFT;
     request.top_k = 40;
+    request.repetition_penalty = 1.1f;
+    request.frequency_penalty = 0.1f;
     const std::int32_t ends[] = {1, 2};  // begin and end: these texts go on for ever
     const float never[] = {-HUGE_VALF, -HUGE_VALF};
     request.bias_tokens = ends;
@@ -785,8 +848,11 @@ int main(int n_arguments, char** arguments) {
     sessions(bytes);
     requests(bytes);
     every_allocation_failed(bytes);
-    other_peoples_threads(bytes);
-    eight_threads(bytes);
+    const std::string large = fuzz::write(fuzz::large_model());
+    however_it_is_cut(large);
+    other_peoples_threads(large);
+    eight_threads(large);
+    one_scheduler_for_two_threads(bytes);
     // Sanitizers make it slow, and have memory of their own: 0 leaves it out.
     const long n_steps = n_arguments > 1 ? std::atol(arguments[1]) : 100'000;
     if (n_steps > 0) steady_state(bytes, n_steps);
