@@ -17,8 +17,8 @@
 
 namespace tinyllama {
 
-// With its decoder, which may hold a character cut in two, unless null. With the cache nothing is
-// read again after restoring, but for the last block; without it a token takes two bytes.
+// With its decoder, which may hold a character cut in two, unless null. With the cache of
+// whole blocks only the rest is read again after restoring; without it a token takes two bytes.
 std::string save(Session& session, const StreamDecoder* decoder, bool with_cache);
 // A request with its session. Throws Error(invalid_argument) for one that ended with an error.
 std::string save(const Request& request, bool with_cache);

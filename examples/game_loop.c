@@ -96,7 +96,7 @@ int main(int argc, char** argv) {
     tl_model* model = NULL;
     check(tl_model_open(&model_def, &model));
     tl_scheduler_def crowd = tl_default_scheduler_def();
-    crowd.reserve_tokens = N_VILLAGERS * 256;
+    crowd.reserve_tokens = N_VILLAGERS * 512; /* all that they can remember */
     tl_scheduler* scheduler = NULL;
     check(tl_scheduler_create(model, &crowd, &scheduler));
 

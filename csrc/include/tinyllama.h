@@ -166,8 +166,9 @@ TL_API tl_status tl_session_fork(tl_session* session, uint64_t seed, tl_session*
 /* Gives back the memory of one that rests; it is read again when it goes on. */
 TL_API tl_status tl_session_drop_cache(tl_session* session);
 
-/* Tokens and random state: two bytes per token and about a hundred. With the cache nothing is read
- * again. Restoring refuses, with the reason, what is damaged or of another model or version. */
+/* Tokens and random state: two bytes per token and about sixty. With the cache of whole blocks of
+ * 32 tokens only the rest is read again. Restoring refuses, with the reason, what is damaged or of
+ * another model or version. */
 TL_API tl_status tl_session_save(tl_session* session, bool with_cache, void* blob, size_t capacity,
                                  size_t* n);
 TL_API tl_status tl_session_restore(tl_model* model, const void* blob, size_t n,
@@ -211,8 +212,8 @@ typedef struct tl_request_def {
     const int32_t* bias_tokens; /* bias_values are added to the logits of these n_bias tokens */
     const float* bias_values;
     size_t n_bias;
-    const char* const*
-        stops; /* the text ends before the first of these strings, each ending in 0 */
+    const char* const* stops; /* the text ends before the first of these strings, each ending in 0;
+                                 the session keeps it */
     size_t n_stops;
     const char* const* choices; /* the text is one of these, each ending in 0; none: anything */
     size_t n_choices;

@@ -156,7 +156,7 @@ def play(args: argparse.Namespace) -> None:
         last = times[-1] if times else 0.0
         view.draw(
             world,
-            f" {last:4.1f} ms per frame, {args.budget:g} ms of it for the model, "
+            f" {last:4.1f} ms per frame, at most {args.budget:g} of it the model, "
             f"{speed:5.0f} tokens per second   {message} ",
         )
         pygame.display.flip()
@@ -172,8 +172,11 @@ def play(args: argparse.Namespace) -> None:
 def save(world: World, path: Path) -> str:
     data = world.save()
     partial = path.with_suffix(".partial")
-    partial.write_bytes(data)
-    partial.replace(path)
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as error:
+        return f"not saved: {error}"
     return f"saved: {len(data) / len(world.villagers):.0f} bytes per villager"
 
 

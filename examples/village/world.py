@@ -84,7 +84,9 @@ class World:
 
     def _open(self, n_villagers: int) -> None:
         self.villagers: list[Villager] = []
-        self.scheduler = self.model.scheduler(n_villagers, reserve_tokens=n_villagers * 256)
+        self.scheduler = self.model.scheduler(
+            n_villagers, reserve_tokens=n_villagers * self.model.config.max_seq_len
+        )
         self.n_tokens = 0
 
     def update(self, seconds: float, budget_ms: float) -> None:
@@ -108,7 +110,9 @@ class World:
             session.rewind(villager.n_scene)  # a new day: all but the scene is forgotten
         villager.bubble = ""
         if villager.deciding:
-            session.append(f'" {villager.name} wanted to')
+            # The quotation mark that ended its speech is in its past; one that was cut has none.
+            end = "" if session.text.endswith('"') else '"'
+            session.append(f"{end} {villager.name} wanted to")
             villager.request = self.scheduler.submit(session, choices=list(ACTIONS))
         else:
             session.append(f' {villager.name} smiled and said, "')

@@ -215,8 +215,9 @@ class Scheduler:
         the model that does not fit goes on in the next step. 0 only ends what was cancelled or is
         too late. None: work until some request has drawn a token or ended.
 
-        In the background: what has come since the last call, at once; with None, as soon as there
-        is something, or nothing left that could come.
+        In the background: what has come since the last call, at once, perhaps several events of one
+        request; with None, as soon as there is something, or nothing left that could come. There a
+        request may be done before its last event was taken: go by the events.
         """
         if budget_ms is not None:
             check_milliseconds("budget_ms", budget_ms)

@@ -23,7 +23,7 @@ def refuse_options_of_models(options: SamplingParams) -> None:
     for name, default in _NOT_IN_SESSIONS.items():
         value = getattr(options, name)
         if value != default:
-            raise ArgumentError(f"{name} is {value}; a session's generate does not take it")
+            raise ArgumentError(f"{name} is {value}; a session does not take it")
 
 
 class Session:
@@ -146,9 +146,9 @@ class Session:
 
     def save(self, cache: bool = False) -> bytes:
         """Its tokens and its random state, to be restored by :meth:`Model.restore`, in another
-        process or on another machine: two bytes per token, and about a hundred. With ``cache``
-        also what the model's reading made, so that no token is read again; this takes
-        ``model.info()["kv_bytes_per_token"]`` more for each."""
+        process or on another machine: two bytes per token, and about sixty. With ``cache``
+        also what the model's reading made of whole blocks of 32 tokens, so that only the rest is
+        read again; this takes ``model.info()["kv_bytes_per_token"]`` more for each."""
         return _core.save(self._core, self._decoder, cache)
 
     def drop_cache(self) -> None:
