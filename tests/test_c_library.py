@@ -30,7 +30,8 @@ def play(program):
     )
     assert done.stderr == ""
     assert "60 frames of 2.0 ms" in done.stdout
-    return [line for line in done.stdout.splitlines() if line.startswith(("Tom", "Lily"))]
+    said = [line[5:].strip() for line in done.stdout.splitlines()[:-1]]
+    assert any(said), "of four villagers one at least is in the middle of its words"
 
 
 @needs("cc")
@@ -40,7 +41,7 @@ def test_a_c_program_linked_with_the_shared_library_alone(tmp_path):
     subprocess.run(
         ["cc", *FLAGS, str(EXAMPLE), f"-I{INCLUDE}", *link, "-o", str(program)], check=True
     )
-    assert all(len(line) > 6 for line in play(program))
+    play(program)
 
 
 @needs("cmake")
