@@ -2,10 +2,10 @@
 
     python benchmarks/crowd.py [--cache DIR] [--docs docs]
 
-Three questions, for 64 characters. How many tokens per second come through the scheduler, beside
+Four questions, for 64 characters. How many tokens per second come through the scheduler, beside
 bare forward passes of the same batch, which draw nothing and show no text (alternating rounds)?
 What does a persona of 200 tokens cost that all of them have, beside one of its own for each? How
-many bytes is a saved session of 256 tokens?
+many bytes is a saved session of 256 tokens? How much fits into a frame?
 """
 
 from __future__ import annotations
@@ -89,6 +89,36 @@ def persona(model: Model, shared: bool) -> dict[str, float]:
     }
 
 
+def fits(model: Model) -> dict[str, float]:
+    """Milliseconds for a token of one character and of 32 together, and what 2 ms bring."""
+
+    def speaking(n: int, n_new: int) -> tinyllama.Scheduler:
+        scheduler = model.scheduler(n)
+        options = endless(model, max_new_tokens=n_new)
+        vocab_size = model.tokenizer.vocab_size
+        requests = [
+            scheduler.submit(prompt_of(i, 30, vocab_size), params=options, seed=i) for i in range(n)
+        ]
+        while not all(request.tokens for request in requests):
+            scheduler.step()
+        return scheduler
+
+    figures = {}
+    for n in (1, 32):
+        scheduler = speaking(n, 60)
+        before, start = scheduler.stats()["tokens_drawn"], time.perf_counter()
+        while scheduler.stats()["n_live"]:
+            scheduler.step(1000.0)
+        n_tokens = (scheduler.stats()["tokens_drawn"] - before) / n
+        figures[f"ms_for_{n}"] = 1e3 * (time.perf_counter() - start) / n_tokens
+    scheduler = speaking(32, 200)
+    before = scheduler.stats()["tokens_drawn"]
+    for _ in range(100):
+        scheduler.step(2.0)
+    figures["tokens_per_2ms"] = (scheduler.stats()["tokens_drawn"] - before) / 100
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -119,6 +149,7 @@ def main() -> None:
                     "persona_each": each,
                     "prefill_ratio": round(N * 200 / (one["tokens_read"] - N * 8), 1),
                     "save_bytes": len(session.save()),
+                    "fits": fits(model),
                 }
             )
             print(json.dumps(figures[-1], indent=2), flush=True)

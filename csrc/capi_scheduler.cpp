@@ -32,21 +32,6 @@ struct tl_scheduler {
         places.reserve(slots.size());
     }
 
-    // One thread at a time; a second one gets an error.
-    class Turn {
-    public:
-        explicit Turn(tl_scheduler& scheduler) : scheduler_(scheduler) {
-            if (scheduler.in_use.exchange(true))
-                throw Error(Status::busy, "the scheduler is in use by another thread");
-        }
-        Turn(const Turn&) = delete;
-        Turn& operator=(const Turn&) = delete;
-        ~Turn() { scheduler_.in_use.store(false); }
-
-    private:
-        tl_scheduler& scheduler_;
-    };
-
     struct Slot {
         std::shared_ptr<Request> request;
         void* user = nullptr;
@@ -255,7 +240,7 @@ tl_status tl_scheduler_submit(tl_scheduler* scheduler, const tl_request_def* def
                               tl_request* request) {
     return guarded([&] {
         require(scheduler, "scheduler");
-        const tl_scheduler::Turn turn(*scheduler);
+        const Turn turn(scheduler->in_use);
         const tl_request_def d = read_def(def, tl_default_request_def(), "tl_request_def");
         require(d.session, "session");
         const std::size_t slot = scheduler->free_slot();
@@ -283,7 +268,7 @@ tl_status tl_scheduler_submit(tl_scheduler* scheduler, const tl_request_def* def
 tl_status tl_scheduler_step(tl_scheduler* scheduler, double budget_ms) {
     return guarded([&] {
         require(scheduler, "scheduler");
-        const tl_scheduler::Turn turn(*scheduler);
+        const Turn turn(scheduler->in_use);
         if (!(budget_ms >= 0)) refuse("budget_ms is not 0 or more");
         const auto deliver = [scheduler](const std::vector<Event>& happened) {
             scheduler->events.clear();
@@ -309,7 +294,7 @@ bool tl_scheduler_next_event(tl_scheduler* scheduler, tl_event* event) {
 tl_status tl_request_cancel(tl_scheduler* scheduler, tl_request request) {
     return guarded([&] {
         require(scheduler, "scheduler");
-        const tl_scheduler::Turn turn(*scheduler);
+        const Turn turn(scheduler->in_use);
         scheduler->slot_of(request).request->cancel();
     });
 }
@@ -317,7 +302,7 @@ tl_status tl_request_cancel(tl_scheduler* scheduler, tl_request request) {
 tl_status tl_request_pause(tl_scheduler* scheduler, tl_request request, bool paused) {
     return guarded([&] {
         require(scheduler, "scheduler");
-        const tl_scheduler::Turn turn(*scheduler);
+        const Turn turn(scheduler->in_use);
         Request& found = *scheduler->slot_of(request).request;
         paused ? found.pause() : found.resume();
     });
@@ -327,7 +312,7 @@ tl_status tl_request_save(tl_scheduler* scheduler, tl_request request, bool with
                           size_t capacity, size_t* n) {
     return guarded([&] {
         require(scheduler, "scheduler");
-        const tl_scheduler::Turn turn(*scheduler);
+        const Turn turn(scheduler->in_use);
         require(blob, capacity, "blob");
         require(n, "n");
         const std::string saved = save(*scheduler->slot_of(request).request, with_cache);
@@ -339,7 +324,7 @@ tl_status tl_request_restore(tl_scheduler* scheduler, const void* blob, size_t n
                              tl_session** session, tl_request* request) {
     return guarded([&] {
         require(scheduler, "scheduler");
-        const tl_scheduler::Turn turn(*scheduler);
+        const Turn turn(scheduler->in_use);
         require(blob, n, "blob");
         require(session, "session");
         const std::size_t slot = scheduler->free_slot();
@@ -360,7 +345,7 @@ tl_status tl_request_restore(tl_scheduler* scheduler, const void* blob, size_t n
 tl_status tl_scheduler_get_stats(tl_scheduler* scheduler, tl_stats* stats) {
     return guarded([&] {
         require(scheduler, "scheduler");
-        const tl_scheduler::Turn turn(*scheduler);
+        const Turn turn(scheduler->in_use);
         require(stats, "stats");
         const Scheduler::Stats found = scheduler->scheduler.stats();
         tl_stats result = {};

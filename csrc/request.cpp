@@ -141,12 +141,11 @@ Request::Request(std::shared_ptr<Session> session, const RequestState& state,
 }
 
 void Request::append_prompt() {
-    const std::vector<std::int32_t>& prompt = prompt_;
-    if (prompt.empty() && session_->n_tokens() == 0)
+    if (prompt_.empty() && session_->n_tokens() == 0)
         throw Error(Status::invalid_argument, "there is nothing to continue: the session is empty");
     const Overflow policy = limits_.on_overflow;
     if (policy == Overflow::stop || policy == Overflow::error) {
-        session_->append(prompt);
+        session_->append(prompt_);
         return;
     }
     const std::int64_t context = session_->model().config().max_seq_len;
@@ -155,9 +154,9 @@ void Request::append_prompt() {
     std::int64_t n_most = half;
     if (policy == Overflow::truncate && limits_.max_new_tokens)
         n_most = std::max(context - *limits_.max_new_tokens, n_keep + 1);
-    const std::int64_t n = session_->n_tokens() + static_cast<std::int64_t>(prompt.size());
+    const std::int64_t n = session_->n_tokens() + static_cast<std::int64_t>(prompt_.size());
     const bool cut = n >= context || (policy == Overflow::truncate && limits_.max_new_tokens);
-    session_->append(prompt, static_cast<std::size_t>(n_keep),
+    session_->append(prompt_, static_cast<std::size_t>(n_keep),
                      static_cast<std::size_t>(cut ? n_most : context));
 }
 

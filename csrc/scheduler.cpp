@@ -31,21 +31,6 @@ struct Scheduler::Budget {
     bool untouched = true;  // nothing was done yet
 };
 
-// One thread steps at a time.
-class Scheduler::Turn {
-public:
-    explicit Turn(Scheduler& scheduler) : scheduler_(scheduler) {
-        if (scheduler.in_use_.exchange(true))
-            throw Error(Status::busy, "the scheduler is in use by another thread");
-    }
-    Turn(const Turn&) = delete;
-    Turn& operator=(const Turn&) = delete;
-    ~Turn() { scheduler_.in_use_.store(false); }
-
-private:
-    Scheduler& scheduler_;
-};
-
 Scheduler::Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live, bool alone)
     : model_(std::move(model)),
       max_live_(max_live),
@@ -68,7 +53,7 @@ void Scheduler::reserve(std::int64_t n_positions) {
 }
 
 void Scheduler::warm_up() {
-    const Turn turn(*this);
+    const Turn turn(in_use_);
     abandon();
     const auto vocab_size = static_cast<std::size_t>(model_->config().vocab_size);
     const auto most = static_cast<std::size_t>(std::min<std::int64_t>(max_live_, max_rows));
@@ -95,7 +80,7 @@ void Scheduler::warm_up() {
 }
 
 void Scheduler::submit(std::shared_ptr<Request> request) {
-    const Turn turn(*this);
+    const Turn turn(in_use_);
     if (&request->session_->model() != model_.get())
         throw Error(Status::invalid_argument, "the session is of another model");
     for (const auto& other : live_) {
@@ -120,7 +105,7 @@ void Scheduler::submit(std::shared_ptr<Request> request) {
 }
 
 void Scheduler::step(Seconds budget, const Check& check, const Deliver& deliver) {
-    const Turn turn(*this);
+    const Turn turn(in_use_);
     Budget whole(budget - delivery_);
     if (budget > Seconds{0}) wake_threads();
     obey();
@@ -130,7 +115,7 @@ void Scheduler::step(Seconds budget, const Check& check, const Deliver& deliver)
 }
 
 void Scheduler::step(const Check& check, const Deliver& deliver) {
-    const Turn turn(*this);
+    const Turn turn(in_use_);
     Budget whole(Budget::unlimited);
     wake_threads();
     obey();
@@ -155,7 +140,7 @@ void Scheduler::finish_step(const Deliver& deliver) {
 }
 
 std::vector<std::shared_ptr<Request>> Scheduler::run(const Check& check) {
-    const Turn turn(*this);
+    const Turn turn(in_use_);
     events_.clear();
     Budget whole(Budget::unlimited);
     for (;;) {
@@ -168,7 +153,7 @@ std::vector<std::shared_ptr<Request>> Scheduler::run(const Check& check) {
 }
 
 void Scheduler::end_all(Ending ending, const std::exception_ptr& error, const Deliver& deliver) {
-    const Turn turn(*this);
+    const Turn turn(in_use_);
     abandon();
     for (const auto& request : live_) {
         request->conclude(ending, error);
@@ -178,7 +163,7 @@ void Scheduler::end_all(Ending ending, const std::exception_ptr& error, const De
 }
 
 Clock::time_point Scheduler::next_deadline() {
-    const Turn turn(*this);
+    const Turn turn(in_use_);
     Clock::time_point next = Clock::time_point::max();
     for (const auto& request : live_)
         next = std::min(next, request->urgency_.deadline);
@@ -186,7 +171,7 @@ Clock::time_point Scheduler::next_deadline() {
 }
 
 Scheduler::Stats Scheduler::stats() {
-    const Turn turn(*this);
+    const Turn turn(in_use_);
     Stats stats = stats_;
     stats.n_live = static_cast<std::int64_t>(live_.size());
     stats.kv_bytes = model_->kv_pool()->bytes_in_use();

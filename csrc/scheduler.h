@@ -32,6 +32,21 @@ struct Outcome {
 // In the order in which something first became of each request.
 std::vector<Outcome> by_request(const std::vector<Event>& events);
 
+// What one thread uses at a time: a second one gets Error(busy).
+class Turn {
+public:
+    explicit Turn(std::atomic<bool>& in_use) : in_use_(in_use) {
+        if (in_use.exchange(true))
+            throw Error(Status::busy, "the scheduler is in use by another thread");
+    }
+    Turn(const Turn&) = delete;
+    Turn& operator=(const Turn&) = delete;
+    ~Turn() { in_use_.store(false); }
+
+private:
+    std::atomic<bool>& in_use_;
+};
+
 // Steps requests of one model together. Used by one thread at a time: a second one gets
 // Error(busy). Work goes in flights: a pass over what the requests have not read, as many as fit,
 // then a draw for each that has read all. A flight may stop after any of its pieces and go on in
@@ -105,7 +120,6 @@ private:
         Seconds pass, dearest_piece;
     };
     struct Budget;
-    class Turn;
 
     bool work(Budget& budget, const Check& check);
     void wake_threads();

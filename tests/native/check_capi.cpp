@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <cmath>
 #include <condition_variable>
 #include <cstddef>
@@ -236,6 +237,13 @@ void sessions(const std::string& bytes) {
         OK(tl_session_score(one, ways, 3, after));
         EXPECT(std::memcmp(before, after, sizeof(before)) == 0);
     }
+    // Whatever the host has done to the float mode, and it finds it as it left it.
+    std::fesetround(FE_UPWARD);
+    OK(tl_session_drop_cache(fork));
+    OK(tl_session_score(fork, ways, 3, after));
+    EXPECT(std::fegetround() == FE_UPWARD);
+    std::fesetround(FE_TONEAREST);
+    EXPECT(std::memcmp(before, after, sizeof(before)) == 0);
     std::int32_t few[2];
     std::size_t n = 0;
     EXPECT(tl_session_get_tokens(session, few, 2, &n) == TL_BUFFER_TOO_SMALL);
