@@ -20,6 +20,7 @@ typedef struct villager {
     tl_session* session;
     tl_request speaking; /* 0: nothing is under way */
     bool deciding;
+    bool said_all;         /* the next words begin the bubble anew */
     char bubble[MAX_TEXT]; /* what stands above its head */
     size_t n_bubble;
 } villager;
@@ -63,18 +64,23 @@ static void ask(tl_scheduler* scheduler, villager* v, bool decide) {
     }
     check(tl_scheduler_submit(scheduler, &def, &v->speaking));
     v->deciding = decide;
-    v->n_bubble = 0;
-    v->bubble[0] = '\0';
 }
 
 static void show(villager* v, const tl_event* event) {
+    if (v->said_all && event->n_text > 0) {
+        v->n_bubble = 0;
+        v->said_all = false;
+    }
     size_t n = event->n_text;
     if (n > MAX_TEXT - 1 - v->n_bubble) n = MAX_TEXT - 1 - v->n_bubble;
     memcpy(v->bubble + v->n_bubble, event->text, n);
     v->n_bubble += n;
     v->bubble[v->n_bubble] = '\0';
     if (event->finish == TL_FAILED) fprintf(stderr, "game_loop: %s\n", event->error);
-    if (event->finish != TL_GOES_ON) v->speaking = 0;
+    if (event->finish != TL_GOES_ON) {
+        v->speaking = 0;
+        v->said_all = true;
+    }
 }
 
 static int by_size(const void* a, const void* b) {
