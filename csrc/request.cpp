@@ -61,6 +61,9 @@ void Request::begin() {
 void Request::prepare() {
     const Model& model = session_->model();
     if (form_.kind == "choices") {
+        if (form_.texts.size() > 1 && form_.texts.size() <= Election::most_texts && tokens_.empty())
+            election_ = std::make_unique<Election>(model.token_trie(), form_.texts,
+                                                   first_decoder_.at_start());
         constraint_ = std::make_unique<Choices>(model.tokenizer(), model.token_trie(), form_.texts,
                                                 first_decoder_.at_start());
     } else if (form_.kind.empty() != (constraint_ == nullptr)) {
@@ -240,6 +243,7 @@ void Request::conclude(Ending ending, std::exception_ptr error) {
     if (ending_ != Ending::none) return;
     error_ = std::move(error);
     source_ = nullptr;
+    election_ = nullptr;
     end(ending);
 }
 
@@ -282,7 +286,7 @@ void Request::add(std::int32_t token) {
 // Adds what has to follow, and finds what may be drawn then. Where log-probabilities are asked for,
 // what has to follow is drawn, token by token: from one alone.
 void Request::constrain() {
-    if (constraint_ == nullptr || ending_ != Ending::none) return;
+    if (constraint_ == nullptr || election_ != nullptr || ending_ != Ending::none) return;
     const auto& ends = limits_.end_tokens;
     const auto is_wrong = [&](std::int32_t token) {
         return token >= session_->model().config().vocab_size ||
@@ -314,6 +318,31 @@ void Request::constrain() {
     if (!allowed_.end) return;
     tokens.insert(tokens.end(), ends.begin(), ends.end());
     std::sort(tokens.begin(), tokens.end());
+}
+
+std::shared_ptr<Request> Request::scout(std::int32_t first,
+                                        std::unique_ptr<Constraint> rest) const {
+    Limits limits;
+    limits.on_overflow = limits_.on_overflow;
+    limits.n_keep = limits_.n_keep;
+    auto request =
+        std::make_shared<Request>(session_->unread_copy(), std::vector<std::int32_t>{first},
+                                  std::make_shared<StreamDecoder>(*decoder_), SamplingParams{},
+                                  limits, 0, urgency_, Form{"scout", {}}, std::move(rest));
+    request->is_scout_ = true;
+    request->begin();
+    return request;
+}
+
+// Draws one of the choices, and goes on with that. A save holds no more than what was drawn.
+void Request::elect() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    form_.texts = {election_->draw(*session_, params_)};
+    constraint_ =
+        std::make_unique<Choices>(session_->model().tokenizer(), session_->model().token_trie(),
+                                  form_.texts, first_decoder_.at_start());
+    election_ = nullptr;
+    constrain();
 }
 
 void Request::finish_text() {

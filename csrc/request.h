@@ -14,6 +14,7 @@
 
 #include "constraint.h"
 #include "costs.h"
+#include "election.h"
 #include "sampler.h"
 #include "session.h"
 #include "tokenizer.h"
@@ -102,6 +103,10 @@ public:
             std::unique_ptr<Constraint> constraint = nullptr);
     RequestState state() const;
 
+    // A request in the election that this one holds: it begins as this one goes on, with a token,
+    // writes what its constraint says, and keeps the log-probabilities.
+    std::shared_ptr<Request> scout(std::int32_t first, std::unique_ptr<Constraint> rest) const;
+
     // Appends the prompt, and what has to follow it; nothing the second time. Throws what
     // Session::append does, and nothing is changed; of what goes wrong later the request ends.
     void begin();
@@ -144,6 +149,7 @@ private:
     void accept(std::int32_t token);
     void add(std::int32_t token);
     void constrain();
+    void elect();
     void finish_text();
     void append(std::string_view piece);
     void end(Ending ending);
@@ -160,6 +166,7 @@ private:
     Urgency urgency_;
     Form form_;
     mutable std::mutex mutex_;  // guards what follows, but for reads by the thread that steps
+    std::unique_ptr<Election> election_;  // until one of the choices is drawn
     std::unique_ptr<Constraint> constraint_;
     Allowed allowed_;                   // by the constraint, with end tokens where it may end
     std::vector<std::int32_t> forced_;  // tokens that follow before anything is drawn
@@ -172,9 +179,11 @@ private:
     Ending ending_ = Ending::none;
     std::exception_ptr error_;
     std::atomic<Wish> wish_{Wish::run};
-    std::uint64_t id_ = 0;             // in the order of submission
-    std::uint64_t last_turn_ = 0;      // in which it took part, and
-    std::uint64_t admitted_ = 0;       // in which it could have
+    std::uint64_t id_ = 0;         // in the order of submission
+    std::uint64_t last_turn_ = 0;  // in which it took part, and
+    std::uint64_t admitted_ = 0;   // in which it could have
+    bool is_scout_ = false;
+    std::weak_ptr<Request> elector_;   // who sent this scout
     std::shared_ptr<Request> source_;  // has the same beginning, and has read it or will before
     std::size_t n_reported_ = 0;       // tokens of which there were events
     bool announced_ = false;           // that it ended

@@ -420,12 +420,35 @@ std::int32_t sample(const KernelTable& kernels, Logits& logits,
     return draw_or_choose(kernels, buffers, logits, params, random);
 }
 
-double log_probability(const KernelTable& kernels, const Logits& logits, std::int32_t token) {
+std::size_t sample_one_of(const KernelTable& kernels, const std::vector<double>& scores,
+                          const SamplingParams& params, RandomState& random) {
+    Buffers& buffers = this_threads_buffers();
+    Logits& few = buffers.few;
+    few.values.clear();
+    few.resize(scores.size());
+    const double best = *std::max_element(scores.begin(), scores.end());
+    for (std::size_t i = 0; i < scores.size(); ++i)
+        few.values[i] = std::isfinite(best) ? static_cast<float>(scores[i] - best) : impossible;
+    few.find_maxima();
+    return static_cast<std::size_t>(draw_or_choose(kernels, buffers, few, params, random));
+}
+
+std::vector<double> log_probabilities(const KernelTable& kernels, const Logits& logits,
+                                      const std::vector<std::int32_t>& tokens) {
     Buffers& buffers = this_threads_buffers();
     const float most = *std::max_element(logits.maxima.begin(), logits.maxima.end());
     weigh(kernels, buffers, logits, most, 1.0f);
-    const float logit = logits.values[static_cast<std::size_t>(token)];
-    return static_cast<double>(logit) - static_cast<double>(most) - std::log(total(buffers.sums));
+    const double log_of_all = std::log(total(buffers.sums));
+    std::vector<double> result;
+    for (const std::int32_t token : tokens) {
+        const float logit = logits.values[static_cast<std::size_t>(token)];
+        result.push_back(static_cast<double>(logit) - static_cast<double>(most) - log_of_all);
+    }
+    return result;
+}
+
+double log_probability(const KernelTable& kernels, const Logits& logits, std::int32_t token) {
+    return log_probabilities(kernels, logits, {token})[0];
 }
 
 std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const KernelTable& kernels,

@@ -47,7 +47,14 @@ std::int32_t sample(const KernelTable& kernels, Logits& logits,
                     RandomState& random, const StreamDecoder* text = nullptr,
                     const std::vector<std::int32_t>* allowed = nullptr);
 
-// Natural logarithm of a token's probability under softmax(logits).
+// Draws one of several texts by the logarithms of their probabilities, by temperature, top-k, top-p
+// and min-p. Throws Error(invalid_argument) when all have minus infinity.
+std::size_t sample_one_of(const KernelTable& kernels, const std::vector<double>& scores,
+                          const SamplingParams& params, RandomState& random);
+
+// Natural logarithms of the probabilities of tokens under softmax(logits).
+std::vector<double> log_probabilities(const KernelTable& kernels, const Logits& logits,
+                                      const std::vector<std::int32_t>& tokens);
 double log_probability(const KernelTable& kernels, const Logits& logits, std::int32_t token);
 
 // The n most likely tokens and their log-probabilities, best first, lowest id first on ties.

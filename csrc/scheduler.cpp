@@ -42,6 +42,8 @@ Scheduler::Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live, 
 
 Scheduler::~Scheduler() {
     abandon();
+    for (const auto& request : live_)
+        request->source_ = nullptr;  // a scout's keeps the scout
     if (keeps_memory_) model_->kv_pool()->let_go();
 }
 
@@ -173,10 +175,12 @@ Clock::time_point Scheduler::next_deadline() {
 Scheduler::Stats Scheduler::stats() {
     const Turn turn(in_use_);
     Stats stats = stats_;
-    stats.n_live = static_cast<std::int64_t>(live_.size());
     stats.kv_bytes = model_->kv_pool()->bytes_in_use();
-    for (const auto& request : live_)
+    for (const auto& request : live_) {
+        if (request->is_scout_) continue;
+        stats.n_live += 1;
         stats.n_waiting += request->n_drawn() == 0 ? 1 : 0;
+    }
     if (!parts_.empty() && pass_->n_left() > 0) stats.next_piece = costs_.estimate(pass_->next(0));
     return stats;
 }
@@ -196,7 +200,7 @@ void Scheduler::obey() {
             if (!request->announced_) announce(request);  // there was nothing to do
             continue;
         }
-        const Wish wish = request->wish_.load();
+        const Wish wish = wish_of(*request);
         if (wish == Wish::end) {
             leave(*request);
             finish(request, Ending::cancelled);
@@ -209,6 +213,14 @@ void Scheduler::obey() {
     }
 }
 
+// Scouts do what is asked of those who sent them.
+Wish Scheduler::wish_of(const Request& request) {
+    if (!request.is_scout_) return request.wish_.load();
+    const std::shared_ptr<Request> elector = request.elector_.lock();
+    if (elector == nullptr || elector->ending_ != Ending::none) return Wish::end;
+    return elector->wish_.load();
+}
+
 void Scheduler::finish(const std::shared_ptr<Request>& request, Ending ending) {
     request->conclude(ending);
     announce(request);
@@ -216,12 +228,13 @@ void Scheduler::finish(const std::shared_ptr<Request>& request, Ending ending) {
 
 void Scheduler::announce(const std::shared_ptr<Request>& request) {
     report(request);
-    events_.push_back({request, -1});
+    if (!request->is_scout_) events_.push_back({request, -1});
     request->announced_ = true;
 }
 
 // The tokens that are new.
 void Scheduler::report(const std::shared_ptr<Request>& request) {
+    if (request->is_scout_) return;
     for (std::size_t& n = request->n_reported_; n < request->tokens_.size(); ++n) {
         stats_.n_drawn += 1;
         events_.push_back({request, request->tokens_[n]});
@@ -249,6 +262,7 @@ void Scheduler::doubt(std::int64_t n_rows, std::int64_t n_positions) {
 
 bool Scheduler::begin_flight(Budget& budget) {
     abandon();
+    const bool elected = hold_elections(budget);
     ++turn_;
     try {
         choose(budget);
@@ -258,7 +272,49 @@ bool Scheduler::begin_flight(Budget& budget) {
         throw;
     }
     flying_ = !parts_.empty() || !drawing_.empty();
-    return flying_;
+    return flying_ || elected;
+}
+
+// Whoever has to choose among texts goes on with that. True when something was done.
+bool Scheduler::hold_elections(Budget& budget) {
+    const Work like_a_draw{Work::Kind::draw, 1, 1};
+    bool any = false;
+    for (const auto& request : live_) {
+        if (request->election_ == nullptr || !goes_on(*request)) continue;
+        if (!request->election_->can_go_on(*request->session_)) continue;
+        if (costs_.estimate(like_a_draw) > budget.left()) {
+            if (budget.untouched) costs_.doubt(like_a_draw);
+            break;
+        }
+        go_on_electing(request);
+        budget.untouched = false;
+        any = true;
+    }
+    live_.insert(live_.end(), scouts_.begin(), scouts_.end());
+    scouts_.clear();
+    return any;
+}
+
+void Scheduler::go_on_electing(const std::shared_ptr<Request>& request) {
+    const std::size_t n_before = scouts_.size();
+    std::exception_ptr error;
+    try {
+        request->election_->go_on(*request, &scouts_);
+        if (request->election_->is_over()) request->elect();
+    } catch (...) {
+        error = std::current_exception();
+    }
+    for (std::size_t i = n_before; i < scouts_.size(); ++i) {
+        scouts_[i]->id_ = ++n_submitted_;
+        scouts_[i]->elector_ = request;
+        scouts_[i]->source_ = request;
+    }
+    report(request);
+    if (error != nullptr) {
+        fail(request, error);
+    } else if (request->ending_ != Ending::none) {
+        announce(request);
+    }
 }
 
 // Whatever the flight had read is read again.
@@ -285,8 +341,8 @@ void Scheduler::choose(Budget& budget) {
     std::int64_t places = max_live_;
     for (const auto& request : live_) {
         if (request->ending_ != Ending::none) continue;
-        if (request->last_turn_ > 0) --places;
-        if (request->wish_.load() == Wish::run) order_.push_back(request);
+        if (request->last_turn_ > 0 && !request->is_scout_) --places;
+        if (goes_on(*request)) order_.push_back(request);
     }
     std::sort(order_.begin(), order_.end(), [](const auto& a, const auto& b) {
         const Urgency &x = a->urgency_, &y = b->urgency_;
@@ -296,7 +352,8 @@ void Scheduler::choose(Budget& budget) {
     });
     order_.erase(std::remove_if(order_.begin(), order_.end(),
                                 [&](const auto& request) {
-                                    return request->last_turn_ == 0 && places-- <= 0;
+                                    return request->last_turn_ == 0 && !request->is_scout_ &&
+                                           places-- <= 0;
                                 }),
                  order_.end());
     for (const auto& request : order_)
@@ -321,7 +378,7 @@ void Scheduler::choose(Budget& budget) {
         if (n_unread <= 1) request->source_ = nullptr;
         if (n_unread == 0) {
             request->last_turn_ = turn_;
-            drawing_.push_back(request);
+            if (may_draw(*request)) drawing_.push_back(request);
         } else if (n_unread == 1 && room > kept) {
             n_positions += request->session_->n_tokens();
             room -= take(request, 1);
@@ -421,7 +478,7 @@ bool Scheduler::is_waited_for(const Request& source, const Request& request) con
 }
 
 bool Scheduler::goes_on(const Request& request) {
-    return request.ending_ == Ending::none && request.wish_.load() == Wish::run;
+    return request.ending_ == Ending::none && wish_of(request) == Wish::run;
 }
 
 // Gives a request n rows; returns how many it has got. One that cannot have them ends.
@@ -564,7 +621,7 @@ void Scheduler::drop_undrawable() {
 
 // It may have ended, been paused, or got more to read since it was chosen.
 bool Scheduler::may_draw(const Request& request) {
-    return goes_on(request) && request.session_->n_unread() == 0;
+    return goes_on(request) && request.election_ == nullptr && request.session_->n_unread() == 0;
 }
 
 void Scheduler::take_in(const std::shared_ptr<Request>& request, const Draw& drawn) {
@@ -601,7 +658,7 @@ std::vector<std::shared_ptr<Request>> Scheduler::remove_ended() {
     for (auto& request : live_) {
         if (request->ending_ == Ending::none) {
             live_[n_left++].swap(request);
-        } else {
+        } else if (!request->is_scout_) {
             ended.push_back(std::move(request));
         }
     }

@@ -125,6 +125,8 @@ private:
     void wake_threads();
     void finish_step(const Deliver& deliver);
     bool begin_flight(Budget& budget);
+    bool hold_elections(Budget& budget);
+    void go_on_electing(const std::shared_ptr<Request>& request);
     void abandon();
     void leave(const Request& request);
     void choose(Budget& budget);
@@ -150,6 +152,7 @@ private:
     bool is_waited_for(const Request& source, const Request& request) const;
     static bool goes_on(const Request& request);
     static bool may_draw(const Request& request);
+    static Wish wish_of(const Request& request);
     std::vector<std::shared_ptr<Request>> remove_ended();
 
     std::shared_ptr<const Model> model_;
@@ -174,6 +177,7 @@ private:
     std::size_t n_drawn_ = 0;  // of drawing_
     std::vector<Draw> draws_;
     std::vector<std::shared_ptr<Request>> order_;
+    std::vector<std::shared_ptr<Request>> scouts_;  // on their way to live_
     std::vector<SessionLock> locks_;
     std::vector<Work> pieces_;
     std::vector<Event> events_;

@@ -131,6 +131,11 @@ std::vector<std::int32_t> Session::tokens() {
     return tokens_;
 }
 
+bool Session::has_tokens(const std::vector<std::int32_t>& tokens) {
+    const SessionLock lock(*this);
+    return tokens == tokens_;
+}
+
 std::int32_t Session::n_tokens() {
     const SessionLock lock(*this);
     return static_cast<std::int32_t>(tokens_.size());
@@ -164,16 +169,22 @@ std::int32_t Session::draw(const SamplingParams& params, const StreamDecoder* te
     return token;
 }
 
-double Session::log_probability(std::int32_t token) {
+double Session::log_probability(std::int32_t token) { return log_probabilities({token})[0]; }
+
+std::vector<double> Session::log_probabilities(const std::vector<std::int32_t>& tokens) {
     const SessionLock lock(*this);
-    const std::int32_t vocab_size = model_->config().vocab_size;
-    if (token < 0 || token >= vocab_size) {
-        throw Error(Status::invalid_argument, "token " + std::to_string(token) +
-                                                  " is outside the " + std::to_string(vocab_size) +
-                                                  " tokens");
-    }
+    check_vocabulary(tokens.data(), tokens.size());
     read_all();
-    return tinyllama::log_probability(model_->kernels(), logits_, token);
+    return tinyllama::log_probabilities(model_->kernels(), logits_, tokens);
+}
+
+std::size_t Session::sample_one_of(const std::vector<double>& scores,
+                                   const SamplingParams& params) {
+    const SessionLock lock(*this);
+    RandomState random = random_;
+    const std::size_t drawn = tinyllama::sample_one_of(model_->kernels(), scores, params, random);
+    random_ = random;
+    return drawn;
 }
 
 std::vector<std::pair<std::int32_t, double>> Session::top_log_probabilities(std::int32_t n) {
@@ -315,6 +326,13 @@ std::shared_ptr<Session> Session::fork(std::uint64_t seed) {
     copy->n_read_ = n_read_;
     copy->cache_ = cache_.share(static_cast<std::int32_t>(n_read_));
     if (unread() == 0) copy->logits_ = logits_;
+    return copy;
+}
+
+std::shared_ptr<Session> Session::unread_copy() {
+    const SessionLock lock(*this);
+    auto copy = std::make_shared<Session>(model_, 0);
+    copy->tokens_ = tokens_;
     return copy;
 }
 

@@ -43,6 +43,7 @@ public:
     const Model& model() const { return *model_; }
     std::uint64_t seed() const { return random_.seed; }
     std::vector<std::int32_t> tokens();
+    bool has_tokens(const std::vector<std::int32_t>& tokens);
     std::int32_t n_tokens();
     std::int32_t n_unread();
 
@@ -55,6 +56,9 @@ public:
     // Natural logarithm of the probability of `token` as the next one, under the unmodified
     // distribution.
     double log_probability(std::int32_t token);
+    std::vector<double> log_probabilities(const std::vector<std::int32_t>& tokens);
+    // Draws one of several texts: see sample_one_of() in sampler.h.
+    std::size_t sample_one_of(const std::vector<double>& scores, const SamplingParams& params);
     std::vector<std::pair<std::int32_t, double>> top_log_probabilities(std::int32_t n);
 
     // Appends tokens, unread. Throws Error before anything changes: invalid_argument for one
@@ -71,6 +75,8 @@ public:
     void drop_cache();
     // A copy with the same past and a random state of its own.
     std::shared_ptr<Session> fork(std::uint64_t seed);
+    // One with the same tokens, of which nothing is read.
+    std::shared_ptr<Session> unread_copy();
 
 private:
     friend void hold(Session& session, const void* holder);

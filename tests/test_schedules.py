@@ -3,6 +3,7 @@
 A hundred random schedules by default; ten thousand with TINYLLAMA_FULL_TESTS=1.
 """
 
+import dataclasses
 import math
 import os
 
@@ -21,6 +22,7 @@ CONTEXT = 128
 # what a rewind took away.
 BIAS = dict.fromkeys([1, 2, *range(3 + 0x80, 3 + 0x100)], -math.inf)
 STORY = SamplingParams(temperature=1.2, top_p=0.95, logit_bias=BIAS)
+CHOICE = dataclasses.replace(STORY, choices=["a", " ab", " ac", " the cat", " and the dog ran"])
 PERSONAS = [[1, *(3 + (k * i) % 280 for i in range(40 + 25 * k))] for k in (1, 2)]
 
 
@@ -39,17 +41,21 @@ class Character:
         self.session, self.alone = session, alone
         self.request = None
         self.n_seen = 0
+        self.params = STORY
 
-    def submit(self, scheduler, n):
+    def submit(self, scheduler, n, chooses=False):
         n = min(n, self.session.room)
-        self.request = scheduler.submit(self.session, params=STORY, max_new_tokens=n)
+        self.params = CHOICE if chooses else STORY
+        self.request = scheduler.submit(self.session, params=self.params, max_new_tokens=n)
         self.n_seen = 0
+        self.n_most = n
 
     def follow(self):
         """Let the lone session draw as many tokens as were drawn since, and compare."""
         new = self.request.tokens[self.n_seen :] if self.request else []
         if new:
-            list(self.alone.generate(params=STORY, max_new_tokens=len(new)))
+            n = len(new) if self.params is STORY else self.n_most
+            list(self.alone.generate(params=self.params, max_new_tokens=n))
             assert self.alone.tokens[-len(new) :] == new
         self.n_seen += len(new)
         assert self.session.tokens == self.alone.tokens
@@ -107,7 +113,7 @@ class Schedule:
     def admit(self):
         if len(self.characters) >= 8:
             return
-        prompt = self.rng.integers(3, 290, self.any_n(1, 20)).tolist()
+        prompt = self.rng.integers(3, 290, self.any_n(2, 20)).tolist()
         if self.rng.random() < 0.7:
             persona = PERSONAS[self.rng.integers(2)]
             prompt = persona[: self.any_n(1, len(persona))] + prompt
@@ -118,7 +124,7 @@ class Schedule:
         alone.feed(prompt)
         character = Character(session, alone)
         self.characters.append(character)
-        character.submit(self.schedulers[i], self.any_n(1, 20))
+        character.submit(self.schedulers[i], self.any_n(1, 20), self.rng.random() < 0.3)
 
     def step(self):
         scheduler = self.schedulers[self.any_n(0, 1)]
@@ -136,7 +142,8 @@ class Schedule:
                 self.characters.remove(character)
                 character.check_logits()
             elif character.session.room:
-                character.submit(self.scheduler_of(character), self.any_n(1, 9))
+                chooses = self.rng.random() < 0.3 and character.session.n_tokens > 1
+                character.submit(self.scheduler_of(character), self.any_n(1, 9), chooses)
 
     def fork(self):
         character = self.any_character()
@@ -148,7 +155,8 @@ class Schedule:
 
     def rewind(self):
         if character := self.any_character():
-            n = self.any_n(1, character.session.n_tokens)
+            # Before its first word a text is spelt in another way than the choices were.
+            n = self.any_n(min(2, character.session.n_tokens), character.session.n_tokens)
             character.session.rewind(n)
             character.alone.rewind(n)
 

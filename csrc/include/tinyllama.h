@@ -215,7 +215,8 @@ typedef struct tl_request_def {
     const char* const* stops; /* the text ends before the first of these strings, each ending in 0;
                                  the session keeps it */
     size_t n_stops;
-    const char* const* choices; /* the text is one of these, each ending in 0; none: anything */
+    const char* const* choices; /* the text is one of these, each ending in 0, and drawn as a whole
+                                   where there are 64 at most; none: anything */
     size_t n_choices;
     int32_t on_overflow; /* a tl_overflow */
     int32_t n_keep;      /* 1 */
