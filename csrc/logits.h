@@ -1,6 +1,7 @@
 // The scores of all tokens, in blocks of 64.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <limits>
 #include <vector>
@@ -44,6 +45,20 @@ struct Logits {
 
     void find_maximum(std::size_t block) {
         maxima[block] = largest_of_block(&values[block * logits_block]);
+    }
+
+    float largest() const {
+        constexpr std::size_t n_lanes = 16;
+        float lanes[n_lanes];
+        std::fill_n(lanes, n_lanes, impossible);
+        std::size_t i = 0;
+        for (; i + n_lanes <= maxima.size(); i += n_lanes) {
+            for (std::size_t k = 0; k < n_lanes; ++k)
+                lanes[k] = larger(maxima[i + k], lanes[k]);
+        }
+        for (; i < maxima.size(); ++i)
+            lanes[0] = larger(maxima[i], lanes[0]);
+        return *std::max_element(lanes, lanes + n_lanes);
     }
 
     void find_maxima() {

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 #include <iterator>
+#include <numeric>
 #include <string>
 
 #include "status.h"
@@ -13,17 +14,34 @@ namespace tinyllama {
 namespace {
 
 constexpr std::size_t n_lanes = 16;  // side by side, with one fixed order of sums
+constexpr std::size_t group = 16;    // blocks that are summed together
 
 struct Candidate {
     std::int32_t token;
     float logit;
 };
 
-// One value per token, filled up to whole blocks. Kept from one draw to the next.
+// Sums of the weights of each block, and of each group of them, so that nothing is searched for,
+// nor added up, one block after the other.
+struct Sums {
+    std::vector<float> blocks;
+    std::vector<double> groups;
+    double all = 0;
+
+    void add_up() {
+        groups.assign((blocks.size() + group - 1) / group, 0.0);
+        for (std::size_t b = 0; b < blocks.size(); ++b)
+            groups[b / group] += static_cast<double>(blocks[b]);
+        all = std::accumulate(groups.begin(), groups.end(), 0.0);
+    }
+};
+
+// Kept from one draw to the next.
 struct Buffers {
-    std::vector<float> weights;  // probabilities, not normalised: the likeliest has 1
-    std::vector<float> sums;     // of the weights of each block
-    std::vector<float> likelier_sums;
+    // Probabilities, one per token and filled up to whole blocks, not normalised: the likeliest has
+    // 1.
+    std::vector<float> weights;
+    Sums sums, likelier_sums;
     std::vector<std::pair<std::int32_t, float>> changed;
     std::vector<std::int32_t> breaking;
     std::vector<Candidate> candidates;
@@ -98,13 +116,6 @@ float sum_where(const float* x, const float* weights, Keep keep) {
 
 float sum_all(const float* weights) {
     return sum_where(weights, weights, [](float, float) { return true; });
-}
-
-double total(const std::vector<float>& sums) {
-    double sum = 0;
-    for (const float block : sums)
-        sum += static_cast<double>(block);
-    return sum;
 }
 
 // A logit that at least k tokens reach: the k-th largest of the maxima of blocks, or of smaller
@@ -211,11 +222,12 @@ void adjust(Adjusted& logits, const std::vector<std::int32_t>& history,
 
 // The likeliest token, the lowest id on ties, or -1 where none is possible.
 std::int32_t find_largest(const Logits& logits) {
-    const auto best = std::max_element(logits.maxima.begin(), logits.maxima.end());
-    if (best == logits.maxima.end() || *best == impossible) return -1;
-    const auto block = (best - logits.maxima.begin()) * static_cast<std::ptrdiff_t>(logits_block);
+    const float best = logits.largest();
+    if (best == impossible) return -1;
+    const auto block = std::find(logits.maxima.begin(), logits.maxima.end(), best);
+    const auto first = (block - logits.maxima.begin()) * static_cast<std::ptrdiff_t>(logits_block);
     const auto begin = logits.values.begin();
-    return static_cast<std::int32_t>(std::find(begin + block, logits.values.end(), *best) - begin);
+    return static_cast<std::int32_t>(std::find(begin + first, logits.values.end(), best) - begin);
 }
 
 // Weights e^((logit - best) / temperature) of all tokens, and their sums.
@@ -224,47 +236,56 @@ void weigh(const KernelTable& kernels, Buffers& buffers, const Logits& logits, f
     // log2(e) / temperature, bounded, as 0 times infinity would be no number.
     const float scale = std::min(1.44269504f / temperature, std::numeric_limits<float>::max());
     buffers.weights.resize(logits.values.size());
-    buffers.sums.resize(logits.maxima.size());
-    kernels.weigh(buffers.weights.data(), buffers.sums.data(), logits.values.data(),
-                  static_cast<std::int64_t>(buffers.sums.size()), best, scale);
+    std::vector<float>& blocks = buffers.sums.blocks;
+    blocks.resize(logits.maxima.size());
+    kernels.weigh(buffers.weights.data(), blocks.data(), logits.values.data(),
+                  static_cast<std::int64_t>(blocks.size()), best, scale);
+    buffers.sums.add_up();
 }
 
 void drop_below(Buffers& buffers, float least) {
     for (float& weight : buffers.weights)
         weight = weight >= least ? weight : 0.0f;
-    for (std::size_t b = 0; b < buffers.sums.size(); ++b)
-        buffers.sums[b] = sum_all(&buffers.weights[b * logits_block]);
+    for (std::size_t b = 0; b < buffers.sums.blocks.size(); ++b)
+        buffers.sums.blocks[b] = sum_all(&buffers.weights[b * logits_block]);
+    buffers.sums.add_up();
 }
 
-// Where `left`, in [0, total), falls when the weights are laid end to end.
-std::size_t locate(const Buffers& buffers, double left) {
-    std::size_t block = 0;
-    for (std::size_t b = 0; b < buffers.sums.size(); ++b) {
-        if (buffers.sums[b] == 0.0f) continue;
-        block = b;
-        if (left < static_cast<double>(buffers.sums[b])) break;
-        left -= static_cast<double>(buffers.sums[b]);
-    }
-    std::size_t found = block * logits_block;
-    for (std::size_t i = found; i < (block + 1) * logits_block; ++i) {
-        if (buffers.weights[i] == 0.0f) continue;
-        found = i;  // stays, where rounding leaves more than the block has
-        if (left < static_cast<double>(buffers.weights[i])) break;
-        left -= static_cast<double>(buffers.weights[i]);
+// In which of values[begin, end) `left` falls when they are laid end to end, and takes off what
+// lies before. Where rounding leaves more than there is: the last that is not zero.
+template <typename T>
+std::size_t find_part(const std::vector<T>& values, std::size_t begin, std::size_t end,
+                      double* left) {
+    std::size_t found = begin;
+    for (std::size_t i = begin; i < std::min(end, values.size()); ++i) {
+        const auto value = static_cast<double>(values[i]);
+        if (value == 0.0) continue;
+        found = i;
+        if (*left < value) break;
+        *left -= value;
     }
     return found;
 }
 
+// Where `left`, from zero to the sum of all, falls when the weights are laid end to end.
+std::size_t locate(const Buffers& buffers, double left) {
+    const Sums& sums = buffers.sums;
+    const std::size_t g = find_part(sums.groups, 0, sums.groups.size(), &left);
+    const std::size_t b = find_part(sums.blocks, g * group, (g + 1) * group, &left);
+    return find_part(buffers.weights, b * logits_block, (b + 1) * logits_block, &left);
+}
+
 // Sums the weights of what is likelier than token `i`: a larger logit, or the same and a lower id.
-double sum_likelier(Buffers& buffers, const Logits& logits, std::size_t i) {
+void sum_likelier(Buffers& buffers, const Logits& logits, std::size_t i) {
     const float logit = logits.values[i];
     const std::size_t own = i / logits_block;
-    buffers.likelier_sums.assign(buffers.sums.size(), 0.0f);
-    for (std::size_t b = 0; b < buffers.sums.size(); ++b) {
+    std::vector<float>& blocks = buffers.likelier_sums.blocks;
+    blocks.assign(buffers.sums.blocks.size(), 0.0f);
+    for (std::size_t b = 0; b < blocks.size(); ++b) {
         if (logits.maxima[b] < logit) continue;
         const float* x = &logits.values[b * logits_block];
         const float* weights = &buffers.weights[b * logits_block];
-        float& sum = buffers.likelier_sums[b];
+        float& sum = blocks[b];
         if (b < own) {
             sum = sum_where(x, weights, [logit](float other, float) { return other >= logit; });
         } else {
@@ -273,48 +294,46 @@ double sum_likelier(Buffers& buffers, const Logits& logits, std::size_t i) {
         for (std::size_t k = 0; b == own && k < i % logits_block; ++k)
             sum += x[k] == logit ? weights[k] : 0.0f;
     }
-    return total(buffers.likelier_sums);
+    buffers.likelier_sums.add_up();
 }
 
 void keep_likelier(Buffers& buffers, const Logits& logits, std::size_t i) {
     const float* const x = logits.values.data();
-    for (std::size_t k = 0; k < i; ++k)
-        buffers.weights[k] = x[k] >= x[i] ? buffers.weights[k] : 0.0f;
-    for (std::size_t k = i; k < buffers.weights.size(); ++k)
-        buffers.weights[k] = x[k] > x[i] ? buffers.weights[k] : 0.0f;
-    buffers.sums.swap(buffers.likelier_sums);
+    const float logit = x[i];
+    for (std::size_t b = 0; b < logits.maxima.size(); ++b) {
+        if (logits.maxima[b] < logit) continue;  // its sum is zero now: nobody looks at its weights
+        const std::size_t begin = b * logits_block, end = begin + logits_block;
+        const std::size_t own = std::clamp(i, begin, end);
+        for (std::size_t k = begin; k < own; ++k)
+            buffers.weights[k] = x[k] >= logit ? buffers.weights[k] : 0.0f;
+        for (std::size_t k = own; k < end; ++k)
+            buffers.weights[k] = x[k] > logit ? buffers.weights[k] : 0.0f;
+    }
+    std::swap(buffers.sums, buffers.likelier_sums);
 }
 
 // Draws from the nucleus, the smallest set of the likeliest whose weights reach `enough`, without
 // ever finding it: a token is in it exactly when all that are likelier weigh less than that. One
 // that is not is dropped with all below it, and the draw repeated among the rest, which is
 // 1 + ln(1 / top_p) draws on average at most.
-// `left` is the sum of all weights.
-std::size_t draw_from_nucleus(Buffers& buffers, const Logits& logits, double left, double enough,
+std::size_t draw_from_nucleus(Buffers& buffers, const Logits& logits, double enough,
                               RandomState& random) {
     while (true) {
-        const std::size_t i = locate(buffers, random.next_uniform() * left);
-        const double likelier = sum_likelier(buffers, logits, i);
-        if (likelier < enough) return i;
+        const std::size_t i = locate(buffers, random.next_uniform() * buffers.sums.all);
+        sum_likelier(buffers, logits, i);
+        if (buffers.likelier_sums.all < enough) return i;
         keep_likelier(buffers, logits, i);
-        left = likelier;
     }
 }
 
-// By temperature, min_p and top_p.
-std::size_t draw(const KernelTable& kernels, Buffers& buffers, const Logits& logits,
+// By temperature, min_p and top_p; `best` is the largest logit.
+std::size_t draw(const KernelTable& kernels, Buffers& buffers, const Logits& logits, float best,
                  const SamplingParams& params, RandomState& random) {
-    const float most = *std::max_element(logits.maxima.begin(), logits.maxima.end());
-    weigh(kernels, buffers, logits, most, params.temperature);
-    const double weight = total(buffers.sums);
-    double left = weight;
-    if (params.min_p > 0.0f) {
-        drop_below(buffers, params.min_p);
-        left = total(buffers.sums);
-    }
-    if (params.top_p == 1.0f) return locate(buffers, random.next_uniform() * left);
-    const double enough = static_cast<double>(params.top_p) * weight;
-    return draw_from_nucleus(buffers, logits, left, enough, random);
+    weigh(kernels, buffers, logits, best, params.temperature);
+    const double enough = static_cast<double>(params.top_p) * buffers.sums.all;
+    if (params.min_p > 0.0f) drop_below(buffers, params.min_p);
+    if (params.top_p == 1.0f) return locate(buffers, random.next_uniform() * buffers.sums.all);
+    return draw_from_nucleus(buffers, logits, enough, random);
 }
 
 void pick(const Logits& logits, const std::vector<std::int32_t>& tokens, Logits* few) {
@@ -328,17 +347,19 @@ void pick(const Logits& logits, const std::vector<std::int32_t>& tokens, Logits*
 // By all the rules that come after adjusting.
 std::int32_t draw_or_choose(const KernelTable& kernels, Buffers& buffers, const Logits& logits,
                             const SamplingParams& params, RandomState& random) {
-    const std::int32_t best = find_largest(logits);
-    if (best < 0 || !std::isfinite(logits.values[static_cast<std::size_t>(best)]))
+    const std::int32_t likeliest = find_largest(logits);
+    const float best =
+        likeliest < 0 ? impossible : logits.values[static_cast<std::size_t>(likeliest)];
+    if (!std::isfinite(best))
         throw Error(Status::invalid_argument,
                     "no token is left to draw: all of them are banned, or not allowed here");
-    if (params.temperature == 0.0f || params.top_k == 1 || params.top_p == 0.0f) return best;
+    if (params.temperature == 0.0f || params.top_k == 1 || params.top_p == 0.0f) return likeliest;
     const auto k = static_cast<std::size_t>(params.top_k);
     if (k == 0 || k >= logits.values.size())
-        return static_cast<std::int32_t>(draw(kernels, buffers, logits, params, random));
+        return static_cast<std::int32_t>(draw(kernels, buffers, logits, best, params, random));
     const std::vector<std::int32_t>& tokens = find_likeliest(buffers, logits, k);
     pick(logits, tokens, &buffers.fewer);
-    return tokens[draw(kernels, buffers, buffers.fewer, params, random)];
+    return tokens[draw(kernels, buffers, buffers.fewer, best, params, random)];
 }
 
 // Of some tokens only: those that keep characters whole, if there are such.
@@ -436,9 +457,9 @@ std::size_t sample_one_of(const KernelTable& kernels, const std::vector<double>&
 std::vector<double> log_probabilities(const KernelTable& kernels, const Logits& logits,
                                       const std::vector<std::int32_t>& tokens) {
     Buffers& buffers = this_threads_buffers();
-    const float most = *std::max_element(logits.maxima.begin(), logits.maxima.end());
+    const float most = logits.largest();
     weigh(kernels, buffers, logits, most, 1.0f);
-    const double log_of_all = std::log(total(buffers.sums));
+    const double log_of_all = std::log(buffers.sums.all);
     std::vector<double> result;
     for (const std::int32_t token : tokens) {
         const float logit = logits.values[static_cast<std::size_t>(token)];

@@ -39,7 +39,7 @@ struct RandomState {
 // penalties, what is not allowed, temperature, top-k, top-p, min-p, each on what the one before
 // left, as transformers does. `allowed`: the only tokens that may be drawn, ascending; null: all.
 // One alone is not drawn: the random state stays, and no ban counts. Probabilities are computed to
-// about 3e-7; what is less likely than 1e-38 times the likeliest is never drawn. `history` is the
+// about 3e-7; what is less likely than 3e-38 times the likeliest is never drawn. `history` is the
 // whole timeline. With `text`, which shows what was generated so far, tokens that would break a
 // character are never drawn. Throws Error(invalid_argument) when no token is left.
 std::int32_t sample(const KernelTable& kernels, Logits& logits,

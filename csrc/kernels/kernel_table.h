@@ -116,7 +116,7 @@ struct KernelTable {
     // bits of the largest magnitude: from 0x7f800000 on, one of them is no finite number.
     int32_t (*hand_out)(float* to, float* maxima, const float* from, int64_t n);
     // Softmax of n_blocks blocks of 64, not normalised: weights = 2^((x - best) * scale) for x up
-    // to best, to about 2e-7 of it, and 0 where that is below 2^-126; sums are of each block: lane
+    // to best, to about 2e-7 of it, and 0 for x - best < -125 / scale; sums are of each block: lane
     // i of 16 adds elements i, i + 16, i + 32, i + 48, then lane i with i + 8, i + 4, i + 2, i + 1.
     void (*weigh)(float* weights, float* sums, const float* x, int64_t n_blocks, float best,
                   float scale);

@@ -62,8 +62,8 @@ void check_weigh(Run& run, Random& random, Kind kind) {
         },
         [&](std::int64_t i) {
             const auto weight = [&](std::int64_t k) {
-                const float power = (x[size(k)] - 4.0f) * 1.5f;
-                return power < -126.0f ? 0.0 : std::exp2(static_cast<double>(power));
+                const float less = x[size(k)] - 4.0f;
+                return less < -125.0f / 1.5f ? 0.0 : std::exp2(static_cast<double>(less) * 1.5);
             };
             double exact = i < n ? weight(i) : 0.0;
             for (std::int64_t k = 0; i >= n && k < weigh_block; ++k)
