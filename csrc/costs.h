@@ -5,6 +5,7 @@
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <vector>
 
 namespace tinyllama {
@@ -48,6 +49,19 @@ private:
     Rate& own(const Work& work);
 
     std::array<Rates, 5> rates_;
+};
+
+// When a step has to be over.
+struct Budget {
+    static constexpr Seconds unlimited{std::numeric_limits<double>::infinity()};
+
+    explicit Budget(Seconds all) : whole(all), start(Clock::now()) {}
+    bool limited() const { return whole < unlimited; }
+    Seconds left() const { return limited() ? Seconds(whole - (Clock::now() - start)) : unlimited; }
+
+    Seconds whole;
+    Clock::time_point start;
+    bool untouched = true;  // nothing was done yet
 };
 
 }  // namespace tinyllama

@@ -119,7 +119,6 @@ private:
     struct Foreseen {
         Seconds pass, dearest_piece;
     };
-    struct Budget;
 
     bool work(Budget& budget, const Check& check);
     void wake_threads();

@@ -33,8 +33,8 @@ class SamplingParams:
     The logits of each step pass, in this order: logit_bias and banned tokens, the three penalties,
     what choices, regex, json_schema or grammar allow (one of these at most), temperature, top_k,
     top_p, min_p; what is left is drawn from. Tokens that would leave a character broken are never
-    drawn, and nothing is drawn where only one text can follow. Of up to 64 choices one is drawn as a
-    whole, by its probability and the logit_bias of its tokens; no penalties count there.
+    drawn, and nothing is drawn where only one text can follow. Of up to 64 choices one is drawn as
+    a whole, by its probability and the logit_bias of its tokens; no penalties count there.
     """
 
     max_new_tokens: int | None = _option(
