@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from tinyllama.errors import ConfigError
+from tinyllama.train.model import Llama
 from tinyllama.train.recipe import load_preset, load_recipe, preset_names, recipe_from_dict
+from tinyllama.train.sizing import parse_size, sized_recipe
 
 SMALL = """\
 steps = 10
@@ -22,13 +25,67 @@ max_seq_len = 8
 
 
 @pytest.mark.parametrize(
-    ("name", "millions"),
-    [("stories260k", 0.26), ("stories1m", 1.0), ("stories15m", 15.2), ("stories42m", 41.7),
-     ("stories110m", 109.5)],
+    ("name", "parameters"),
+    [("stories260k", 260_032), ("stories15m", 15_191_712), ("stories42m", 41_689_600),
+     ("stories110m", 109_529_856), ("stories-zh-93m", 93_340_416), ("ttl-160m", 162_417_408),
+     ("ttl-460m", 468_239_360)],
 )  # fmt: skip
-def test_presets_have_the_size_of_their_name(name: str, millions: float) -> None:
-    parameters = load_preset(name).model.n_parameters / 1e6
-    assert parameters == pytest.approx(millions, rel=0.07)
+def test_presets_have_exactly_the_parameters_on_record(name: str, parameters: int) -> None:
+    model = load_preset(name).model
+    assert model.n_parameters == parameters
+    with torch.device("meta"):
+        built = Llama(model)
+    assert sum(p.numel() for p in built.parameters()) == parameters
+    tokens = torch.zeros(2, 16, dtype=torch.long, device="meta")
+    logits = built.to("meta")(tokens)
+    assert logits.shape == (2, 16, model.vocab_size)
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in built.parameters())
+
+
+def test_stories1m_has_the_size_of_its_name() -> None:
+    assert load_preset("stories1m").model.n_parameters == pytest.approx(1e6, rel=0.07)
+
+
+@pytest.mark.parametrize("size", ["260K", "1M", "3M", "15M", "42M", "110M", "460M", "1.1B"])
+@pytest.mark.parametrize("vocab_size", [512, 3000, 32000])
+def test_a_size_becomes_a_recipe(size: str, vocab_size: int) -> None:
+    parameters = parse_size(size)
+    if parameters < 100 * vocab_size:
+        with pytest.raises(ConfigError, match="or a smaller tokenizer"):
+            sized_recipe(parameters, vocab_size, 10**9)
+        return
+    recipe = sized_recipe(parameters, vocab_size, 10**9)
+    assert recipe.model.n_parameters == pytest.approx(parameters, rel=0.11)
+    assert recipe.model.head_dim in (32, 64)
+    assert recipe_from_dict(recipe.to_dict()) == recipe
+    tokens = recipe.steps * recipe.tokens_per_step
+    assert tokens == pytest.approx(min(20 * parameters, 4 * 10**9), rel=0.01)
+
+
+def test_a_size_on_little_text_reads_it_four_times() -> None:
+    recipe = sized_recipe(3_000_000, 2048, 5_000_000)
+    assert recipe.steps * recipe.tokens_per_step == pytest.approx(20_000_000, rel=0.01)
+
+
+def test_sizes_of_llama2c_get_its_shapes() -> None:
+    for size, name in (("15M", "stories15m"), ("42M", "stories42m"), ("110M", "stories110m")):
+        ours, theirs = sized_recipe(parse_size(size), 32000, 10**9).model, load_preset(name).model
+        assert (ours.dim, ours.n_layers) == (theirs.dim, theirs.n_layers)
+        assert ours.hidden_dim == theirs.hidden_dim
+
+
+@pytest.mark.parametrize("text", ["", "3", "3MB", "-3M", "0.01M", "5B", "many"])
+def test_a_size_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="it must be from 100K to 2B"):
+        parse_size(text)
+
+
+def test_epochs_become_steps() -> None:
+    recipe = load_preset("stories-zh-93m")
+    assert recipe.for_windows(1000).steps == 125
+    assert recipe.for_windows(1001).steps == 126  # every window three times at least
+    assert load_preset("stories15m").for_windows(1000).steps == 100_000
 
 
 def test_every_preset_loads_and_survives_a_round_trip() -> None:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 
 EPILOG = """\
-A recipe is a preset or a TOML file; --set changes single values of either. DATA is a folder made
-by `tinyllama data prepare`. Below RUN come checkpoints (Hugging Face directories step-…, the last
-two and the best kept), metrics.jsonl, samples.txt and loss.png.
+A recipe is a preset, a TOML file, or chosen for a --size; --set changes single values of it. DATA
+is a folder made by `tinyllama data prepare`. Below RUN come checkpoints (Hugging Face directories
+step-…, the last two and the best kept), metrics.jsonl, samples.txt and loss.png.
 
 Ctrl-C saves and stops; the same command then goes on exactly where it was.
 
 examples:
   tinyllama train --preset stories1m --data tokens --out run
+  tinyllama train --size 3M --data tokens --out run
   tinyllama train --preset stories15m --set batch_size=32 --data tokens --out run
   tinyllama train --config my.toml --data tokens --out run
   tinyllama train --resume --data tokens --out run
@@ -30,6 +31,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     recipe = parser.add_mutually_exclusive_group(required=True)
     recipe.add_argument("--preset", metavar="NAME", help="a recipe of this package, by name")
+    recipe.add_argument(
+        "--size",
+        metavar="N",
+        help="about so many parameters, such as 3M: shape, steps and learning rate are chosen",
+    )
     recipe.add_argument("--config", metavar="FILE", help="a recipe as a TOML file")
     recipe.add_argument("--resume", action="store_true", help="the recipe of the run in RUN itself")
     parser.add_argument(
@@ -52,15 +58,24 @@ def train(args: argparse.Namespace) -> int:
         recipe = load_preset(args.preset, args.set)
     elif args.config:
         recipe = load_recipe(args.config, args.set)
+    elif args.size:
+        from ..train.batches import TokenFolder
+        from ..train.recipe import recipe_from_dict
+        from ..train.sizing import parse_size, sized_recipe
+
+        folder = TokenFolder(args.data)
+        n_tokens = folder.split("train").n_tokens
+        recipe = sized_recipe(parse_size(args.size), folder.vocab_size, n_tokens)
+        recipe = recipe_from_dict(recipe.to_dict(), f"--size {args.size}", args.set)
     else:
         from ..train.checkpoint import find_checkpoint, load_state
         from ..train.recipe import recipe_from_dict
 
-        folder = find_checkpoint(args.out)
-        source = str(folder / "trainer.json")
-        recipe = recipe_from_dict(load_state(folder).recipe, source, args.set)
+        checkpoint = find_checkpoint(args.out)
+        source = str(checkpoint / "trainer.json")
+        recipe = recipe_from_dict(load_state(checkpoint).recipe, source, args.set)
     from ..train.trainer import Trainer
 
     trainer = Trainer(recipe, args.data, args.out)
     print(trainer.train())
-    return 0 if trainer.state.step == recipe.steps else 130
+    return 0 if trainer.state.step == trainer.recipe.steps else 130

@@ -24,15 +24,17 @@ class Recipe:
     ``final_lr_fraction`` of its peak at ``steps``. ``optimizer="muon"`` trains the matrices of the
     layers by Muon at ``muon_learning_rate`` and everything else by AdamW at ``learning_rate``.
     ``every_*`` count steps; 0 switches the thing off. ``init_from`` names a run or checkpoint
-    whose weights are the starting point. ``dtype``, ``compile`` and ``device`` "auto" mean: bf16
-    where the processor multiplies it natively, compiled where a compiler is found, cuda before
-    mps before cpu.
+    whose weights are the starting point. With ``epochs``, ``steps`` follows from the data, which
+    are seen so many times. ``dtype``, ``compile`` and ``device`` "auto" mean: bf16 where the
+    processor multiplies it natively, compiled where a compiler is found, cuda before mps before
+    cpu.
 
     Raises ConfigError, naming field and value, when a value is out of range.
     """
 
     model: Config
     steps: int = 1000
+    epochs: float = 0.0
     batch_size: int = 16
     grad_accum: int = 1
     seq_len: int = 256
@@ -67,7 +69,7 @@ class Recipe:
             if not isinstance(value, int) or isinstance(value, bool) or not low <= value < 2**31:
                 raise ConfigError(f"{name} is {value!r}; it must be a whole number from {low}")
         ranges = {
-            "learning_rate": 1.0, "muon_learning_rate": 1.0, "weight_decay": 1.0,
+            "epochs": 1e4, "learning_rate": 1.0, "muon_learning_rate": 1.0, "weight_decay": 1.0,
             "grad_clip": math.inf, "final_lr_fraction": 1.0,
             "beta1": 0.99999, "beta2": 0.99999, "dropout": 0.99,
         }  # fmt: skip
@@ -92,6 +94,15 @@ class Recipe:
     def tokens_per_step(self) -> int:
         """Tokens whose loss one optimizer step averages."""
         return self.batch_size * self.grad_accum * self.seq_len
+
+    def for_windows(self, windows_per_epoch: int) -> Recipe:
+        """The recipe with the steps that ``epochs``, if given, are on so much data."""
+        if not self.epochs:
+            return self
+        per_step = self.batch_size * self.grad_accum
+        return dataclasses.replace(
+            self, steps=math.ceil(self.epochs * windows_per_epoch / per_step)
+        )
 
     def lr_fraction(self, step: int) -> float:
         """The learning rate of step ``step`` (from 0) as a fraction of its peak."""

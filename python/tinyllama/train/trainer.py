@@ -66,7 +66,7 @@ class Trainer:
     def __init__(
         self, recipe: Recipe, data: str | os.PathLike[str], out: str | os.PathLike[str]
     ) -> None:
-        self.recipe, self.run = recipe, Path(out)
+        self.run = Path(out)
         folder = TokenFolder(data)
         if folder.vocab_size != recipe.model.vocab_size:
             raise ConfigError(
@@ -74,6 +74,7 @@ class Trainer:
                 f" the recipe's model.vocab_size is {recipe.model.vocab_size}"
             )
         self.windows = Windows(folder.split("train"), recipe.seq_len, recipe.seed)
+        self.recipe = recipe = recipe.for_windows(self.windows.windows_per_epoch)
         valid = folder.split("valid") if "valid" in folder.splits else None
         self.valid = valid if valid is not None and len(valid) else None
         self.vocabulary = load_sentencepiece(folder.tokenizer)
