@@ -14,10 +14,10 @@ using Clock = std::chrono::steady_clock;
 using Seconds = std::chrono::duration<double>;
 
 // A piece of work: attention, feed_forward and output are those of a forward pass, for n rows; n
-// draws of tokens are one as well, and copies of n blocks of a cache. `amount` is in units that a
-// piece's cost grows with.
+// draws of tokens are one as well, copies of n blocks of a cache, and steps of n elections.
+// `amount` is in units that a piece's cost grows with.
 struct Work {
-    enum class Kind : std::uint8_t { attention, feed_forward, output, draw, copy };
+    enum class Kind : std::uint8_t { attention, feed_forward, output, draw, copy, elect };
     Kind kind;
     std::int64_t n;
     std::int64_t amount;
@@ -48,7 +48,7 @@ private:
     const Rate* nearest(const Work& work) const;
     Rate& own(const Work& work);
 
-    std::array<Rates, 5> rates_;
+    std::array<Rates, 6> rates_;
 };
 
 // When a step has to be over.

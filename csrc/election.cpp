@@ -47,7 +47,7 @@ Election::~Election() = default;
 
 bool Election::can_go_on(Session& session) const {
     if (session.n_unread() > 0) return false;
-    if (is_over() || !session.has_tokens(before_)) return true;
+    if (is_over() || !has_begun(session)) return true;
     if (next_ < ways_.size() && scouts_.size() < most_scouts) return true;
     return std::any_of(scouts_.begin(), scouts_.end(),
                        [](const auto& scout) { return scout.second->ending() != Ending::none; });
@@ -55,7 +55,7 @@ bool Election::can_go_on(Session& session) const {
 
 void Election::go_on(const Request& elector, std::vector<std::shared_ptr<Request>>* sent) {
     Session& session = elector.session();
-    if (!session.has_tokens(before_)) begin(session);
+    if (!has_begun(session)) begin(session);
     const auto is_heard = [&](const auto& scout) {
         const auto& [i, request] = scout;
         if (request->ending() == Ending::none) return false;
@@ -80,6 +80,16 @@ void Election::go_on(const Request& elector, std::vector<std::shared_ptr<Request
     }
 }
 
+std::int32_t Election::n_longest() const {
+    std::size_t n = 0;
+    for (const Way& way : ways_)
+        n = std::max(n, way.tokens.size());
+    return static_cast<std::int32_t>(n);
+}
+
+// And its tokens are what they were then.
+bool Election::has_begun(Session& session) const { return begun_ && session.has_tokens(before_); }
+
 void Election::begin(Session& session) {
     std::vector<std::int32_t> first;
     for (const Way& way : ways_)
@@ -89,7 +99,10 @@ void Election::begin(Session& session) {
         ways_[i].score = scores[i];
     before_ = session.tokens();
     next_ = n_scored_ = 0;
+    for (const auto& [way, scout] : scouts_)
+        scout->cancel();
     scouts_.clear();
+    begun_ = true;
 }
 
 const std::string& Election::draw(Session& session, const SamplingParams& params) const {

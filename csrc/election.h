@@ -39,6 +39,9 @@ public:
     // what went wrong with one.
     void go_on(const Request& elector, std::vector<std::shared_ptr<Request>>* sent);
     bool is_over() const { return n_scored_ == ways_.size(); }
+    std::size_t n_texts() const { return ways_.size(); }
+    // Tokens of the longest text.
+    std::int32_t n_longest() const;
     // Once it is over: draws by temperature, top_k, top_p and min_p. A text has the bias of all its
     // tokens, and is banned with one of them. Throws Error(invalid_argument) when none is left.
     const std::string& draw(Session& session, const SamplingParams& params) const;
@@ -49,9 +52,11 @@ private:
         std::vector<std::int32_t> tokens;
         double score = 0;  // natural logarithm of the probability, as far as it is known
     };
+    bool has_begun(Session& session) const;
     void begin(Session& session);
 
     std::vector<Way> ways_;
+    bool begun_ = false;
     std::vector<std::int32_t> before_;  // tokens of the session when it began
     std::size_t next_ = 0;              // of ways_, for which no scout was sent
     std::size_t n_scored_ = 0;

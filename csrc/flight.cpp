@@ -38,10 +38,11 @@ void Scheduler::doubt(std::int64_t n_rows, std::int64_t n_positions) {
 
 bool Scheduler::begin_flight(Budget& budget) {
     abandon();
-    const bool elected = hold_elections(budget);
     ++turn_;
+    bool elected = false;
     try {
         choose(budget);
+        elected = hold_elections(budget);
         if (!rows_.empty()) pass_->begin(rows_);
     } catch (...) {
         abandon();
@@ -51,18 +52,28 @@ bool Scheduler::begin_flight(Budget& budget) {
     return flying_ || elected;
 }
 
-// Whoever has to choose among texts goes on with that. True when something was done.
+// Whoever has to choose among texts, and has a place, goes on with that. True when something was
+// done.
 bool Scheduler::hold_elections(Budget& budget) {
-    const Work like_a_draw{Work::Kind::draw, 1, 1};
+    live_.erase(std::remove_if(live_.begin(), live_.end(),
+                               [](const auto& request) {
+                                   return request->is_scout_ && request->ending_ != Ending::none;
+                               }),
+                live_.end());
+    const Work election{Work::Kind::elect, 1, 1};
     bool any = false;
     for (const auto& request : live_) {
-        if (request->election_ == nullptr || !goes_on(*request)) continue;
+        if (request->election_ == nullptr || request->last_turn_ == 0 || !goes_on(*request))
+            continue;
         if (!request->election_->can_go_on(*request->session_)) continue;
-        if (costs_.estimate(like_a_draw) > budget.left()) {
-            if (budget.untouched) costs_.doubt(like_a_draw);
+        if (costs_.estimate(election) > budget.left()) {
+            if (budget.untouched) costs_.doubt(election);
             break;
         }
+        const Clock::time_point start = Clock::now();
         go_on_electing(request);
+        pieces_.assign(1, election);
+        worked(Clock::now() - start);
         budget.untouched = false;
         any = true;
     }
@@ -75,22 +86,25 @@ void Scheduler::go_on_electing(const std::shared_ptr<Request>& request) {
     const std::size_t n_before = scouts_.size();
     std::exception_ptr error;
     try {
-        request->election_->go_on(*request, &scouts_);
-        if (request->election_->is_over()) request->elect();
+        if (request->make_room_for_election() &&
+            request->election_->can_go_on(*request->session_)) {
+            request->election_->go_on(*request, &scouts_);
+            if (request->election_->is_over()) request->elect();
+        }
     } catch (...) {
         error = std::current_exception();
     }
     for (std::size_t i = n_before; i < scouts_.size(); ++i) {
         scouts_[i]->id_ = ++n_submitted_;
         scouts_[i]->elector_ = request;
-        scouts_[i]->source_ = request;
+        if (scouts_[i]->ending_ == Ending::none) scouts_[i]->source_ = request;
     }
-    report(request);
     if (error != nullptr) {
         fail(request, error);
-    } else if (request->ending_ != Ending::none) {
-        announce(request);
+        return;
     }
+    report(request);
+    if (request->ending_ != Ending::none) announce(request);
 }
 
 // Whatever the flight had read is read again.
@@ -407,12 +421,12 @@ void Scheduler::take_in(const std::shared_ptr<Request>& request, const Draw& dra
     } catch (...) {
         error = std::current_exception();
     }
-    report(request);
     if (error != nullptr) {
         fail(request, error);
-    } else if (request->ending_ != Ending::none) {
-        announce(request);
+        return;
     }
+    report(request);
+    if (request->ending_ != Ending::none) announce(request);
 }
 
 }  // namespace tinyllama

@@ -61,9 +61,12 @@ void Request::begin() {
 void Request::prepare() {
     const Model& model = session_->model();
     if (form_.kind == "choices") {
-        if (form_.texts.size() > 1 && form_.texts.size() <= Election::most_texts && tokens_.empty())
-            election_ = std::make_unique<Election>(model.token_trie(), form_.texts,
-                                                   first_decoder_.at_start());
+        std::vector<std::string>& texts = form_.texts;
+        std::sort(texts.begin(), texts.end());
+        texts.erase(std::unique(texts.begin(), texts.end()), texts.end());
+        if (texts.size() > 1 && texts.size() <= Election::most_texts && tokens_.empty())
+            election_ =
+                std::make_unique<Election>(model.token_trie(), texts, first_decoder_.at_start());
         constraint_ = std::make_unique<Choices>(model.tokenizer(), model.token_trie(), form_.texts,
                                                 first_decoder_.at_start());
     } else if (form_.kind.empty() != (constraint_ == nullptr)) {
@@ -163,12 +166,14 @@ void Request::append_prompt() {
                      static_cast<std::size_t>(cut ? n_most : context));
 }
 
-// Whether the context has room for a token, which is made where that was asked for. If not, the
-// text ends.
-bool Request::make_room() {
+// Whether the context has room for a token, which is made where that was asked for, and then for as
+// many as wanted if it can be. If not, the text ends.
+bool Request::make_room(std::int32_t n_wanted) {
     const std::int32_t context = session_->model().config().max_seq_len;
     const std::int32_t n = session_->n_tokens();
-    if (n < context) return true;
+    const std::int32_t n_keep = limits_.n_keep, half = n_keep + (context - n_keep) / 2;
+    const bool shifts = limits_.on_overflow == Overflow::shift && n > half;
+    if (n < context && !(shifts && n + n_wanted > context)) return true;
     if (limits_.on_overflow == Overflow::error)
         throw Error(Status::context_full, "the context of " + std::to_string(context) +
                                               " tokens is full, and the text has not ended");
@@ -176,7 +181,6 @@ bool Request::make_room() {
         end(Ending::length);
         return false;
     }
-    const std::int32_t n_keep = limits_.n_keep, half = n_keep + (context - n_keep) / 2;
     session_->append(TokenSpan(nullptr, 0), static_cast<std::size_t>(n_keep),
                      static_cast<std::size_t>(half));
     const std::int32_t n_dropped = n - half;
@@ -278,7 +282,7 @@ void Request::add(std::int32_t token) {
     // A character that the limit cuts in two is left out: half of it means nothing.
     if (limits_.max_new_tokens && n_drawn() >= *limits_.max_new_tokens) {
         end(Ending::length);
-    } else {
+    } else if (constraint_ == nullptr) {  // by a constraint it may be complete
         make_room();
     }
 }
@@ -298,12 +302,14 @@ void Request::constrain() {
         forced_.erase(std::find_if(forced_.begin(), forced_.end(), is_wrong), forced_.end());
         if (forced_.empty() || n_top_) break;
         for (const std::int32_t token : std::exchange(forced_, {})) {
+            if (!make_room()) return;
             add(token);
             if (ending_ != Ending::none) return;
         }
     }
     if (!forced_.empty()) {
         allowed_ = {{forced_.front()}, false};
+        make_room();
         return;
     }
     constraint_->find_allowed(&allowed_);
@@ -315,16 +321,14 @@ void Request::constrain() {
     }
     if (tokens.empty())
         throw Error(Status::invalid_argument, "no token can follow: the text cannot be completed");
-    if (!allowed_.end) return;
+    if (!make_room() || !allowed_.end) return;
     tokens.insert(tokens.end(), ends.begin(), ends.end());
     std::sort(tokens.begin(), tokens.end());
 }
 
 std::shared_ptr<Request> Request::scout(std::int32_t first,
                                         std::unique_ptr<Constraint> rest) const {
-    Limits limits;
-    limits.on_overflow = limits_.on_overflow;
-    limits.n_keep = limits_.n_keep;
+    const Limits limits;  // of what does not fit, as much is scored as does
     auto request =
         std::make_shared<Request>(session_->unread_copy(), std::vector<std::int32_t>{first},
                                   std::make_shared<StreamDecoder>(*decoder_), SamplingParams{},
@@ -332,6 +336,11 @@ std::shared_ptr<Request> Request::scout(std::int32_t first,
     request->is_scout_ = true;
     request->begin();
     return request;
+}
+
+bool Request::make_room_for_election() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return make_room(election_->n_longest());
 }
 
 // Draws one of the choices, and goes on with that. A save holds no more than what was drawn.

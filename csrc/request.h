@@ -145,10 +145,11 @@ private:
     }
     void prepare();
     void append_prompt();
-    bool make_room();
+    bool make_room(std::int32_t n_wanted = 1);
     void accept(std::int32_t token);
     void add(std::int32_t token);
     void constrain();
+    bool make_room_for_election();
     void elect();
     void finish_text();
     void append(std::string_view piece);

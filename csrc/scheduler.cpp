@@ -17,7 +17,7 @@ Scheduler::Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live, 
 Scheduler::~Scheduler() {
     abandon();
     for (const auto& request : live_)
-        request->source_ = nullptr;  // a scout's keeps the scout
+        request->election_ = nullptr;  // its scouts keep it
     if (keeps_memory_) model_->kv_pool()->let_go();
 }
 
@@ -189,7 +189,8 @@ void Scheduler::obey() {
 
 // Scouts do what is asked of those who sent them.
 Wish Scheduler::wish_of(const Request& request) {
-    if (!request.is_scout_) return request.wish_.load();
+    const Wish own = request.wish_.load();
+    if (!request.is_scout_ || own == Wish::end) return own;
     const std::shared_ptr<Request> elector = request.elector_.lock();
     if (elector == nullptr || elector->ending_ != Ending::none) return Wish::end;
     return elector->wish_.load();

@@ -143,6 +143,66 @@ def test_a_choice_costs_rows_not_passes(model):
         assert session.tokens == alone.tokens
 
 
+def test_choices_in_a_nearly_full_context(model):
+    """Longer ones are scored as far as they fit; what shifts makes room first, once."""
+    context = model.config.max_seq_len
+    choices = [" a", " b", " go and see the sea"]
+    options = {"choices": choices, "temperature": 1e3, "seed": 1}
+    for n_free in (1, 2, 5):
+        prompt = [5] * (context - n_free)
+        assert model.generate(prompt, on_overflow="shift", **options) in choices
+        for policy in ("stop", "error"):
+            ban = {model.tokenizer._core.encode(" go", False, False, at_start=False)[-1]: -1e4}
+            likeliest = {"choices": [" a", " go and see the sea"], "temperature": 0}
+            text = model.generate(prompt, on_overflow=policy, logit_bias=ban, **likeliest)
+            assert text in (" a", " "), (n_free, policy)
+
+
+@pytest.mark.parametrize("policy", ["stop", "shift", "error"])
+def test_somebody_fills_the_context_before_a_choice(model, policy):
+    scheduler, session = model.scheduler(), model.session(seed=1)
+    session.append(PROMPT)
+    request = scheduler.submit(session, choices=ACTIONS, on_overflow=policy)
+    session.append([5] * session.room)
+    finish(scheduler)
+    expected = {"stop": "length", "shift": "stop", "error": "error"}[policy]
+    assert request.finish_reason == expected
+    if policy == "error":
+        assert isinstance(request.error, ContextFullError)
+    assert (request.text in ACTIONS) == (policy == "shift")
+
+
+def test_a_session_that_changes_while_it_chooses(model):
+    """The election begins anew, and scouts of the old one end."""
+    choices = [f" {a}{b}{c}" for a in "abcd" for b in "efgh" for c in "ijk"]
+    scheduler, session = model.scheduler(), model.session(seed=3)
+    session.append(PROMPT)
+    request = scheduler.submit(session, choices=choices)
+    for _ in range(10):
+        scheduler.step(0.02)
+        session.append(" so")
+    other = model.session(seed=3)
+    other.append(session.tokens)
+    finish(scheduler)
+    assert "".join(other.generate(choices=choices)) == request.text
+    empty = model.session(seed=1)
+    empty.append(PROMPT)
+    request = scheduler.submit(empty, choices=ACTIONS)
+    empty.rewind(0)
+    finish(scheduler)
+    assert request.finish_reason == "error"
+    assert "empty" in str(request.error)
+
+
+def test_the_same_choice_twice_is_one(model):
+    session, other = model.session(seed=1), model.session(seed=1)
+    for one in (session, other):
+        one.append(PROMPT)
+    assert list(session.generate(choices=[" x", " x"])) == [" x"]
+    assert list(other.generate(choices=[" x"])) == [" x"]
+    assert list(session.generate(max_new_tokens=5)) == list(other.generate(max_new_tokens=5))
+
+
 @pytest.mark.parametrize("what", ["cancel", "pause", "save", "drop", "close"])
 def test_a_choice_is_stopped_in_the_middle(model, what):
     choices = [f" {a}{b}{c}" for a in "abcd" for b in "efgh" for c in "ijk"]
