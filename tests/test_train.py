@@ -19,7 +19,7 @@ sentencepiece = pytest.importorskip("sentencepiece")
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
 
-from tinyllama.config import Config  # noqa: E402
+from tiny_training import CONFIG, RECIPE, VOCAB, same, weights, write_tokens  # noqa: E402
 from tinyllama.errors import ConfigError, FormatError, NonFiniteError  # noqa: E402
 from tinyllama.train import checkpoint as checkpoints  # noqa: E402
 from tinyllama.train.batches import TokenFolder, Windows  # noqa: E402
@@ -29,63 +29,10 @@ from tinyllama.train.recipe import Recipe  # noqa: E402
 from tinyllama.train.trainer import Trainer, make_optimizers  # noqa: E402
 from tinyllama.train.validate import validate  # noqa: E402
 
-VOCAB = 300
-CONFIG = Config(dim=16, n_layers=2, n_heads=2, vocab_size=VOCAB, max_seq_len=32, hidden_dim=32)
-RECIPE = Recipe(
-    model=CONFIG, steps=6, batch_size=2, grad_accum=2, seq_len=16, optimizer="muon",
-    learning_rate=1e-2, warmup_steps=2, dropout=0.1, every_eval=3, every_save=1, every_sample=0,
-    device="cpu", dtype="f32", compile="no", n_threads=1,
-)  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A token folder of made-up stories, as ``tinyllama data prepare`` lays it out."""
-    folder = tmp_path_factory.mktemp("tokens")
-    random = np.random.default_rng(0)
-    words = [
-        *["the", "a", "cat", "dog", "sat", "ran", "saw", "big", "red", "ball"],
-        "tree",
-        "and",
-        "then",
-        "happy",
-    ]
-    stories = [" ".join(random.choice(words, random.integers(3, 30))) + "." for _ in range(60)]
-    (folder / "text.txt").write_text("\n".join(stories) * 3)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=VOCAB,
-        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
-        remove_extra_whitespaces=False, minloglevel=2,
-    )  # fmt: skip
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
-    splits = {}
-    for name, texts in (("train", stories[:50]), ("valid", stories[50:])):
-        documents = [[1, *processor.encode(text), 2] for text in texts]
-        shards = []
-        for i in range(2):
-            half = documents[i::2]
-            flat = np.array([token for document in half for token in document], "<u2")
-            flat.tofile(folder / f"{name}-{i}.bin")
-            shards.append({"file": f"{name}-{i}.bin", "documents": len(half), "tokens": len(flat)})
-        splits[name] = {
-            "documents": len(texts),
-            "bytes": sum(len(text.encode()) for text in texts),
-            "shards": shards,
-        }
-    manifest = {
-        "format": "tinyllama-tokens", "version": 1, "dtype": "uint16", "bos_id": 1, "eos_id": 2,
-        "tokenizer": {"file": "tokenizer.model", "vocab_size": VOCAB}, "splits": splits,
-    }  # fmt: skip
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
-
-
-def weights(trainer: Trainer) -> dict[str, np.ndarray]:
-    return {name: value.detach().numpy() for name, value in trainer.model.state_dict().items()}
-
-
-def same(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
-    return all(np.array_equal(a[name], b[name]) for name in a)
+    return write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 def in_parts(recipe: Recipe, data: Path, run: Path, stops: list[int]) -> Trainer:
@@ -286,7 +233,7 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint(
         if failing == "save_hf":
             patch.setattr("tinyllama.formats.hf.save_hf", full)
         elif failing == "trainer.json":
-            patch.setattr(Path, "write_text", full)
+            patch.setattr(checkpoints, "_manifest", full)
         else:
             patch.setattr(checkpoints, "whole_file", full)
         with pytest.raises(OSError, match="No space left"):
@@ -316,9 +263,8 @@ def test_another_recipe_or_other_data_is_refused(tokens: Path, tmp_path: Path) -
     with pytest.raises(ConfigError, match=r"another recipe: learning_rate was 0\.01, now 0\.02"):
         Trainer(dataclasses.replace(RECIPE, learning_rate=0.02), tokens, tmp_path)
     Trainer(dataclasses.replace(RECIPE, every_save=5), tokens, tmp_path)
-    state = dataclasses.replace(trainer.state, data_sha256="0" * 64)
     source = find_checkpoint(tmp_path) / "trainer.json"
-    values = {"format": "tinyllama-trainer", "version": 1, **dataclasses.asdict(state)}
+    values = {**json.loads(source.read_text()), "data_sha256": "0" * 64}
     source.write_text(json.dumps(values))
     with pytest.raises(ConfigError, match="other data"):
         Trainer(RECIPE, tokens, tmp_path)

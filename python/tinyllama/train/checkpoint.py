@@ -2,15 +2,20 @@
 
 ``RUN/step-00001000/`` holds ``config.json``, ``model.safetensors`` and ``tokenizer.model``, which
 every Llama tool reads, and ``trainer.json`` and ``trainer.safetensors``, which only resuming needs.
-``RUN/LATEST`` and ``RUN/BEST`` name a folder each and are replaced only after it is complete.
+``trainer.json`` is written last and has the SHA-256 of all other files. A folder gets its name once
+it is complete and on the disk; ``RUN/LATEST`` and ``RUN/BEST``, which name a folder each, are
+replaced after that, and only then old folders go. So whenever a process is killed, or a disk is
+full, LATEST names a whole checkpoint, or there is none yet.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
+from concurrent import futures
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +30,6 @@ if TYPE_CHECKING:
     from ..formats.checkpoint import Vocabulary
 
 FORMAT = "tinyllama-trainer"
-KEPT = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,37 +49,107 @@ class TrainerState:
     seconds: float = 0.0
 
 
-def save_checkpoint(
-    run: Path,
-    state: TrainerState,
-    model: Llama,
-    optimizers: dict[str, Optimizer],
-    vocabulary: Vocabulary,
-) -> Path:
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A run at one step, copied, so that training may go on while it is written."""
+
+    state: TrainerState
+    checkpoint: Checkpoint
+    optimizers: dict[str, Any]
+
+
+def take_snapshot(
+    state: TrainerState, model: Llama, optimizers: dict[str, Optimizer], vocabulary: Vocabulary
+) -> Snapshot:
+    """Copy all that a checkpoint holds into main memory."""
+    tensors = state_to_tensors(model.state_dict())
+    source = f"step {state.step}"
+    return Snapshot(
+        state,
+        Checkpoint(model.config, tensors, vocabulary, source=source),
+        {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizers).items()},
+    )
+
+
+class Saver:
+    """Writes snapshots into ``run`` on a thread of its own, one after the other, and keeps the last
+    ``n_kept`` and the best."""
+
+    def __init__(self, run: Path, n_kept: int) -> None:
+        self.run, self.n_kept = run, n_kept
+        self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="saver")
+        self._writing: futures.Future[Path] | None = None
+
+    def start(self, snapshot: Snapshot) -> None:
+        """Write it in the background, after the one before. Raises what :meth:`wait` does."""
+        self.wait()
+        self._writing = self._thread.submit(write_checkpoint, self.run, snapshot, self.n_kept)
+
+    def wait(self) -> None:
+        """Wait for what is being written. Raises OSError when that failed; told once."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: object, error: object, traceback: object) -> None:
+        if kind is not None and self._writing is not None:
+            futures.wait([self._writing])  # what stops the training does not stop it
+
+
+def write_checkpoint(run: Path, snapshot: Snapshot, n_kept: int) -> Path:
     """Write ``run/step-N``, then point LATEST (and BEST, if it is) at it, then drop old ones.
 
     Raises OSError when it cannot be written; then nothing new is left and the earlier
     checkpoints stand as they were.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     from ..formats.hf import save_hf
 
+    state = snapshot.state
     folder = run / f"step-{state.step:08d}"
-    if folder.exists():  # written before a crash that came before LATEST
-        shutil.rmtree(folder)
-    tensors = state_to_tensors(model.state_dict())
-    checkpoint = Checkpoint(model.config, tensors, vocabulary, source=str(folder))
-    with whole_folder(folder) as part:
-        save_hf(checkpoint, part)
-        save_file(optimizer_tensors(model, optimizers), part / "trainer.safetensors")
-        values = {"format": FORMAT, "version": 1, **dataclasses.asdict(state)}
-        (part / "trainer.json").write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    _clear_up(run)
+    if _target(run / "LATEST") == folder.name and (folder / "trainer.json").is_file():
+        # The same weights, perhaps scored since.
+        with whole_file(folder / "trainer.json") as file:
+            file.write(_manifest(folder, state))
+    else:
+        _remove(folder)  # written before a crash that came before LATEST
+        with whole_folder(folder) as part:
+            save_hf(snapshot.checkpoint, part)
+            try:
+                save_file(snapshot.optimizers, part / "trainer.safetensors")
+            except SafetensorError as error:  # its name for what the system says
+                raise OSError(f"{folder / 'trainer.safetensors'}: {error}") from None
+            (part / "trainer.json").write_bytes(_manifest(part, state))
     _point(run / "LATEST", folder.name)
     if state.bits_per_byte is not None and state.bits_per_byte == state.best_bits_per_byte:
         _point(run / "BEST", folder.name)
-    _drop_old(run)
+    _drop_old(run, n_kept)
     return folder
+
+
+def _manifest(folder: Path, state: TrainerState) -> bytes:
+    files = {
+        file.name: sha256_of(file)
+        for file in sorted(folder.iterdir())
+        if file.name != "trainer.json" and not file.name.startswith(".")
+    }
+    values = {"format": FORMAT, "version": 1, **dataclasses.asdict(state), "files": files}
+    return (json.dumps(values, indent=1) + "\n").encode()
+
+
+def sha256_of(file: Path) -> str:
+    """The SHA-256 of a file's bytes, as hexadecimal digits."""
+    with open(file, "rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def find_checkpoint(path: str | os.PathLike[str], pointer: str = "LATEST") -> Path:
@@ -96,13 +170,39 @@ def find_checkpoint(path: str | os.PathLike[str], pointer: str = "LATEST") -> Pa
 
 def load_state(folder: Path) -> TrainerState:
     """Read ``trainer.json``. Raises OSError or FormatError."""
+    values = _read_manifest(folder)
+    values.pop("files")
+    try:
+        return TrainerState(**values)
+    except TypeError as error:
+        raise FormatError(f"{folder / 'trainer.json'}: damaged: {error}") from None
+
+
+def check_files(folder: Path) -> None:
+    """Raise FormatError, naming the file, where one of a checkpoint is not as it was written."""
+    for name, digest in _read_manifest(folder)["files"].items():
+        file = folder / name
+        if not file.is_file():
+            problem = "is missing"
+        elif sha256_of(file) != digest:
+            problem = "is damaged (its SHA-256 is not the one in trainer.json)"
+        else:
+            continue
+        others = sorted(other.name for other in folder.parent.glob("step-*") if other != folder)
+        hint = f"; to go on from {others[-1]}, write that name into LATEST" if others else ""
+        raise FormatError(f"{file}: {problem}{hint}")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
     source = folder / "trainer.json"
     try:
-        values = json.loads(source.read_text(encoding="utf-8"))
+        values: dict[str, Any] = json.loads(source.read_text(encoding="utf-8"))
         if values.pop("format") != FORMAT or values.pop("version") != 1:
             raise FormatError(f"{source}: not a {FORMAT} file of version 1")
-        return TrainerState(**values)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        if not isinstance(values["files"], dict):
+            raise FormatError(f"{source}: files is {values['files']!r}, not an object")
+        return values
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise FormatError(f"{source}: damaged: {error}") from None
 
 
@@ -162,12 +262,31 @@ def _point(pointer: Path, name: str) -> None:
         file.write(f"{name}\n".encode())
 
 
-def _drop_old(run: Path) -> None:
+def _target(pointer: Path) -> str:
+    return pointer.read_text(encoding="utf-8").strip() if pointer.is_file() else ""
+
+
+def _drop_old(run: Path, n_kept: int) -> None:
     folders = sorted(folder for folder in run.glob("step-*") if folder.is_dir())
-    kept = {folder.name for folder in folders[-KEPT:]}
-    for pointer in ("LATEST", "BEST"):
-        if (run / pointer).is_file():
-            kept.add((run / pointer).read_text(encoding="utf-8").strip())
+    kept = {folder.name for folder in folders[-n_kept:]}
+    kept |= {_target(run / pointer) for pointer in ("LATEST", "BEST")}
     for folder in folders:
         if folder.name not in kept:
-            shutil.rmtree(folder)
+            _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    """A half-removed folder must not look like a checkpoint: it loses its name first."""
+    if folder.exists():
+        nameless = folder.with_name(f".{folder.name}.old")
+        os.replace(folder, nameless)
+        shutil.rmtree(nameless)
+
+
+def _clear_up(run: Path) -> None:
+    """What killed processes have left of folders and pointers."""
+    for left in (*run.glob(".*step-*"), *run.glob(".LATEST.*"), *run.glob(".BEST.*")):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()

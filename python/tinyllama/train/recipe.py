@@ -23,11 +23,11 @@ class Recipe:
     The learning rate rises linearly for ``warmup_steps``, then falls by ``schedule`` to
     ``final_lr_fraction`` of its peak at ``steps``. ``optimizer="muon"`` trains the matrices of the
     layers by Muon at ``muon_learning_rate`` and everything else by AdamW at ``learning_rate``.
-    ``every_*`` count steps; 0 switches the thing off. ``init_from`` names a run or checkpoint
-    whose weights are the starting point. With ``epochs``, ``steps`` follows from the data, which
-    are seen so many times. ``dtype``, ``compile`` and ``device`` "auto" mean: bf16 where the
-    processor multiplies it natively, compiled where a compiler is found, cuda before mps before
-    cpu.
+    ``every_*`` count steps; 0 switches the thing off. The last ``keep_checkpoints`` and the best
+    stay. ``init_from`` names a run or checkpoint whose weights are the starting point. With
+    ``epochs``, ``steps`` follows from the data, which are seen so many times. ``dtype``,
+    ``compile`` and ``device`` "auto" mean: bf16 where the processor multiplies it natively,
+    compiled where a compiler is found, cuda before mps before cpu.
 
     Raises ConfigError, naming field and value, when a value is out of range.
     """
@@ -53,6 +53,7 @@ class Recipe:
     every_eval: int = 500
     every_save: int = 500
     every_sample: int = 500
+    keep_checkpoints: int = 2
     init_from: str = ""
     device: str = "auto"
     dtype: str = "auto"
@@ -62,7 +63,8 @@ class Recipe:
     def __post_init__(self) -> None:
         least = {
             "steps": 1, "batch_size": 1, "grad_accum": 1, "seq_len": 2, "warmup_steps": 0,
-            "seed": 0, "every_eval": 0, "every_save": 0, "every_sample": 0, "n_threads": 0,
+            "seed": 0, "every_eval": 0, "every_save": 0, "every_sample": 0,
+            "keep_checkpoints": 1, "n_threads": 0,
         }  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)

@@ -16,12 +16,14 @@ from pathlib import Path
 from ..errors import ConfigError, FormatError, MissingExtraError, NonFiniteError
 from .batches import TokenFolder, Windows
 from .checkpoint import (
+    Saver,
     TrainerState,
+    check_files,
     find_checkpoint,
     load_optimizers,
     load_state,
     load_weights,
-    save_checkpoint,
+    take_snapshot,
 )
 from .recipe import Recipe, recipe_from_dict
 
@@ -50,7 +52,14 @@ from .validate import tell, validate
 PROMPT = "Once upon a time"
 EVERY_LOG = 10
 # Settings that may differ between the parts of one run: they do not change what is learned.
-FREE_SETTINGS = ("every_eval", "every_save", "every_sample", "device", "n_threads")
+FREE_SETTINGS = (
+    "every_eval",
+    "every_save",
+    "every_sample",
+    "keep_checkpoints",
+    "device",
+    "n_threads",
+)
 
 
 class Trainer:
@@ -91,6 +100,7 @@ class Trainer:
         self.optimizers = make_optimizers(self.model, recipe)
         self.state = TrainerState(0, recipe.to_dict(), folder.sha256, torch.get_num_threads())
         if previous is not None:
+            check_files(previous)
             self.state = load_state(previous)
             load_weights(previous, self.model)
             load_optimizers(previous, self.model, self.optimizers)
@@ -103,14 +113,16 @@ class Trainer:
         self.loss = maybe_compiled(recipe.compile, device, self._loss)
         self.run.mkdir(parents=True, exist_ok=True)
         self.metrics = Metrics(self.run, self.state.step)
-        self._saved = previous is not None
+        self._saver = Saver(self.run, recipe.keep_checkpoints)
+        self._saved_step = self.state.step if previous is not None else -1
 
     def train(self) -> Path:
         """Train to the recipe's last step, or until SIGINT or SIGTERM: the last checkpoint.
 
-        A signal ends the run after the current step, with a checkpoint. Raises NonFiniteError,
-        naming the step, when the loss is no number (nothing is saved then), and OSError when a
-        checkpoint cannot be written; earlier checkpoints stay.
+        A signal ends the run after the current step, with a checkpoint. Checkpoints are written
+        beside the training; one that cannot be written is told of, and the run goes on. Raises
+        NonFiniteError, naming the step, when the loss is no number (nothing is saved then), and
+        OSError when the last checkpoint cannot be written; earlier ones stay.
         """
         recipe = self.recipe
         self._describe()
@@ -123,7 +135,7 @@ class Trainer:
             unit_scale=True,
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
         )
-        with bar, stop_on_signals() as stop:
+        with bar, stop_on_signals() as stop, self._saver:
             while self.state.step < recipe.steps and not stop.is_set():
                 nats = self.step()
                 bar.update(recipe.tokens_per_step)
@@ -138,9 +150,10 @@ class Trainer:
                     bar.write(self.evaluate(), file=sys.stderr)
                 if _due(step, recipe.every_sample, last):
                     bar.write(self.sample(), file=sys.stderr)
-                if _due(step, recipe.every_save, last):
-                    self.save()
-        if not self._saved:
+                if _due(step, recipe.every_save, False):
+                    self._finish_saving()
+                    self._start_saving()
+        if self._saved_step != self.state.step or not self._finish_saving():
             self.save()
         self.metrics.plot(self.run / "loss.png")
         if self.state.step < recipe.steps:
@@ -175,7 +188,6 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.state = dataclasses.replace(self.state, step=step + 1, bits_per_byte=None)
-        self._saved = False
         return total
 
     def evaluate(self) -> str:
@@ -203,10 +215,25 @@ class Trainer:
         return f"step {self.state.step}: {story}"
 
     def save(self) -> Path:
-        """Write a checkpoint of the present step."""
-        folder = save_checkpoint(self.run, self.state, self.model, self.optimizers, self.vocabulary)
-        self._saved = True
-        return folder
+        """Write a checkpoint of the present step. Raises OSError when that cannot be done."""
+        self._finish_saving()
+        self._start_saving()
+        self._saver.wait()
+        return find_checkpoint(self.run)
+
+    def _start_saving(self) -> None:
+        snapshot = take_snapshot(self.state, self.model, self.optimizers, self.vocabulary)
+        self._saver.start(snapshot)
+        self._saved_step = self.state.step
+
+    def _finish_saving(self) -> bool:
+        """Wait for the checkpoint that is being written; whether it is whole."""
+        try:
+            self._saver.wait()
+        except OSError as error:
+            _say(f"step {self._saved_step} could not be saved, earlier checkpoints stay: {error}")
+            return False
+        return True
 
     def _forward(self, tokens: Tensor) -> Tensor:
         with self.autocast():

@@ -1,0 +1,231 @@
+"""Training that is killed anywhere, or runs out of disk, loses nothing that was saved.
+
+A few kills by default; three hundred with TINYLLAMA_FULL_TESTS=1.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sentencepiece")
+pytest.importorskip("safetensors")
+pytest.importorskip("tqdm")
+
+import safetensors.torch  # noqa: E402
+
+from tiny_training import RECIPE, same, weights, write_tokens  # noqa: E402
+from tinyllama.train.checkpoint import check_files, find_checkpoint, load_state  # noqa: E402
+from tinyllama.train.trainer import Trainer  # noqa: E402
+
+FULL = bool(os.environ.get("TINYLLAMA_FULL_TESTS"))
+N_KILLS = 300 if FULL else 10
+if not hasattr(os, "fork"):
+    pytest.skip("needs fork", allow_module_level=True)
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+
+
+def in_a_child(work: Callable[[], None], seconds: float | None = None) -> int | None:
+    """Do it in a process of its own, killed after so many seconds: its status, None if killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), 2)
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    return None if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+
+
+def die_at_file_operation(n: int, run: Path) -> None:
+    """Kill this process before its n-th operation on files below ``run``, from 1."""
+    count = 0
+
+    def one() -> bool:
+        nonlocal count
+        count += 1
+        return count == n
+
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(10)
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        changes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate")
+        if event == "open":
+            changes = isinstance(args[1], str) and args[1][:1] in ("w", "a", "x")
+        below = isinstance(args[0], (str, Path)) and str(run) in str(args[0]) if args else False
+        inside = event in ("os.remove", "os.rmdir")  # shutil.rmtree names files by folder
+        if changes and (below or inside) and one():
+            die()
+
+    sync, save = os.fsync, safetensors.torch.save_file
+
+    def fsync(descriptor: int) -> None:
+        if one():
+            die()
+        sync(descriptor)
+
+    def save_half(tensors: dict[str, torch.Tensor], file: Path, *args: object) -> None:
+        save(tensors, file, *args)
+        if one():
+            os.truncate(file, os.path.getsize(file) // 2)
+            die()
+
+    os.fsync = fsync
+    safetensors.torch.save_file = save_half
+    sys.addaudithook(hook)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture(scope="module")
+def straight(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    trainer = Trainer(RECIPE, tokens, tmp_path_factory.mktemp("straight"))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("saved", [0, 1, 3])
+def test_killed_at_every_file_operation_of_a_save(
+    tokens: Path,
+    tmp_path: Path,
+    straight: Trainer,
+    saved: int,
+) -> None:
+    """The first save, a second, and one that removes old checkpoints."""
+    before = tmp_path / "before"
+    trainer = Trainer(RECIPE, tokens, before)
+    for _ in range(saved):
+        trainer.step()
+        trainer.save()
+    status, n = None, 0
+    while status is None:
+        n += 1
+        run = tmp_path / str(n)
+        shutil.copytree(before, run)
+
+        def save_the_next(run: Path = run, n: int = n) -> None:
+            trainer = Trainer(RECIPE, tokens, run)
+            trainer.step()
+            die_at_file_operation(n, run)
+            trainer.save()
+
+        status = in_a_child(save_the_next)
+        assert status in (None, 0)
+        if saved == 0 and not (run / "LATEST").exists():
+            with pytest.raises(FileNotFoundError):
+                find_checkpoint(run)
+        else:
+            folder = find_checkpoint(run)
+            check_files(folder)
+            assert load_state(folder).step in (saved, saved + 1)
+        if not FULL and n % 7:
+            continue
+        resumed = Trainer(RECIPE, tokens, run)
+        assert resumed.state.step in (saved, saved + 1)
+        resumed.train()
+        assert same(weights(resumed), weights(straight))
+        left = [path.name for path in run.iterdir() if path.name.startswith(".")]
+        assert not left, "what the killed process left is cleared up"
+    assert n > 20
+
+
+@pytest.mark.timeout(1800)
+def test_killed_at_random(tokens: Path, tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, steps=40, every_eval=7, grad_accum=3)
+    straight = Trainer(recipe, tokens, tmp_path / "straight")
+    started = time.monotonic()
+    straight.train()
+    seconds = time.monotonic() - started
+    n_kills, rng = 0, random.Random(1)
+    for i in range(10 * N_KILLS):
+        run = tmp_path / str(i)
+        while n_kills < N_KILLS:
+            status = in_a_child(
+                lambda run=run: Trainer(recipe, tokens, run).train() and None,
+                rng.uniform(0, seconds),
+            )
+            if status is not None:
+                break
+            n_kills += 1
+        resumed = Trainer(recipe, tokens, run)
+        resumed.train()
+        assert same(weights(resumed), weights(straight))
+        records = [{**r, "seconds": 0} for r in resumed.metrics.records]
+        assert records == [{**r, "seconds": 0} for r in straight.metrics.records]
+        shutil.rmtree(run)
+        if n_kills == N_KILLS:
+            return
+    raise AssertionError(f"only {n_kills} kills hit")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.6, 0.9, 0.999])
+def test_files_that_cannot_grow(
+    tokens: Path,
+    tmp_path: Path,
+    straight: Trainer,
+    share: float,
+    capfd,
+) -> None:
+    """Short writes: no file may be larger than a share of the largest of a checkpoint."""
+    largest = max(f.stat().st_size for f in find_checkpoint(straight.run).iterdir())
+    run = tmp_path / "run"
+    trainer = Trainer(RECIPE, tokens, run)
+    trainer.step()
+    trainer.save()
+
+    def go_on() -> None:
+        trainer = Trainer(RECIPE, tokens, run)
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * largest), resource.RLIM_INFINITY))
+        try:
+            trainer.train()
+        except OSError:
+            assert trainer.state.step == RECIPE.steps or share == 0.0  # metrics.jsonl: nothing fits
+            os._exit(7)
+
+    assert in_a_child(go_on) == 7
+    check_files(find_checkpoint(run))
+    assert load_state(find_checkpoint(run)).step == 1
+    resumed = Trainer(RECIPE, tokens, run)
+    resumed.train()
+    assert same(weights(resumed), weights(straight))
+
+
+def test_a_damaged_checkpoint_is_named_with_the_one_before(
+    tokens: Path,
+    tmp_path: Path,
+) -> None:
+    trainer = Trainer(RECIPE, tokens, tmp_path)
+    for _ in range(2):
+        trainer.step()
+        trainer.save()
+    file = find_checkpoint(tmp_path) / "trainer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(Exception, match=r"trainer.safetensors: is damaged.*step-00000001"):
+        Trainer(RECIPE, tokens, tmp_path)
+    (tmp_path / "LATEST").write_text("step-00000001\n")
+    assert Trainer(RECIPE, tokens, tmp_path).state.step == 1
