@@ -12,6 +12,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +25,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
 
 import safetensors.torch  # noqa: E402
+import tqdm  # noqa: E402
 
 from tiny_training import RECIPE, same, weights, write_tokens  # noqa: E402
 from tinyllama.train.checkpoint import check_files, find_checkpoint, load_state  # noqa: E402
@@ -31,6 +33,9 @@ from tinyllama.train.trainer import Trainer  # noqa: E402
 
 FULL = bool(os.environ.get("TINYLLAMA_FULL_TESTS"))
 N_KILLS = 300 if FULL else 10
+# Its own lock is shared between processes, and who is killed with it keeps it.
+tqdm.tqdm.set_lock(threading.RLock())
+tqdm.tqdm.monitor_interval = 0
 if not hasattr(os, "fork"):
     pytest.skip("needs fork", allow_module_level=True)
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
