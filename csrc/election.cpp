@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <numeric>
 
 #include "request.h"
 #include "session.h"
@@ -31,15 +30,13 @@ private:
 
 }  // namespace
 
-Election::Election(const TokenTrie& trie, std::vector<std::string> texts, bool at_start) {
-    std::sort(texts.begin(), texts.end());
-    texts.erase(std::unique(texts.begin(), texts.end()), texts.end());
-    for (std::string& text : texts) {
+Election::Election(const TokenTrie& trie, const std::vector<std::string>& texts, bool at_start) {
+    for (const std::string& text : texts) {
         std::vector<std::int32_t> tokens = trie.spell(text, at_start);
         if (tokens.empty())
             throw Error(Status::invalid_argument,
                         "the vocabulary has no tokens for the choice '" + text + "'");
-        ways_.push_back({std::move(text), std::move(tokens)});
+        ways_.push_back({text, std::move(tokens)});
     }
 }
 

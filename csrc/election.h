@@ -25,9 +25,9 @@ public:
     // More texts than this are not scored, but drawn token by token among those that still fit.
     static constexpr std::size_t most_texts = 64;
 
-    // `at_start`: see Tokenizer::encode. Throws Error(invalid_argument) for a text that the
-    // vocabulary has no tokens for.
-    Election(const TokenTrie& trie, std::vector<std::string> texts, bool at_start);
+    // No text twice. `at_start`: see Tokenizer::encode. Throws Error(invalid_argument) for a text
+    // that the vocabulary has no tokens for.
+    Election(const TokenTrie& trie, const std::vector<std::string>& texts, bool at_start);
     ~Election();
     Election(const Election&) = delete;
     Election& operator=(const Election&) = delete;
@@ -39,7 +39,6 @@ public:
     // what went wrong with one.
     void go_on(const Request& elector, std::vector<std::shared_ptr<Request>>* sent);
     bool is_over() const { return n_scored_ == ways_.size(); }
-    std::size_t n_texts() const { return ways_.size(); }
     // Tokens of the longest text.
     std::int32_t n_longest() const;
     // Once it is over: draws by temperature, top_k, top_p and min_p. A text has the bias of all its
