@@ -16,6 +16,7 @@
 #include "kv_cache.h"
 #include "model.h"
 #include "parallel.h"
+#include "scoring.h"
 #include "session.h"
 
 namespace py = pybind11;
@@ -261,6 +262,17 @@ void bind_session(py::module_& m) {
             return score_ways(session, ways, SignalCheck());
         },
         py::arg("session"), py::arg("ways"), py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "score_texts",
+        [](const std::shared_ptr<Model>& model, const std::vector<Tokens>& texts,
+           const Tokens& n_given) {
+            std::vector<std::pair<double, bool>> result;
+            for (const Likelihood& one : score_texts(model, texts, n_given, SignalCheck()))
+                result.emplace_back(one.logprob, one.greedy);
+            return result;
+        },
+        py::arg("model"), py::arg("texts"), py::arg("n_given"),
+        py::call_guard<py::gil_scoped_release>());
     m.def("trace", &trace_session, py::arg("session"), py::arg("tokens"), py::arg("tap"));
 }
 

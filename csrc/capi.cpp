@@ -10,6 +10,7 @@
 #include "kernels/cpu.h"
 #include "memory.h"
 #include "save.h"
+#include "scoring.h"
 
 using namespace tinyllama;
 

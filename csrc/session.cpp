@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cmath>
 #include <exception>
-#include <limits>
 #include <string>
 #include <thread>
 #include <utility>
@@ -365,8 +364,9 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
             reading.emplace_back(&session, n);
             for (auto row = rows.end() - static_cast<std::ptrdiff_t>(n); row != rows.end(); ++row) {
                 const auto pos = static_cast<std::size_t>(row->pos);
-                if (feed.all_logits == nullptr || pos < n_before) continue;
-                row->logits = feed.all_logits + (pos - n_before) * vocab_size;
+                const std::size_t first = n_before + feed.first;
+                if (feed.all_logits == nullptr || pos < first) continue;
+                row->logits = feed.all_logits + (pos - first) * vocab_size;
                 row->maxima = nullptr;
             }
             n_left -= n;
@@ -377,8 +377,8 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
     }
     flush();
     for (const Feed& feed : feeds) {
-        if (feed.tokens.size == 0 || feed.all_logits == nullptr) continue;
-        const float* last = feed.all_logits + (feed.tokens.size - 1) * vocab_size;
+        if (feed.tokens.size <= feed.first || feed.all_logits == nullptr) continue;
+        const float* last = feed.all_logits + (feed.tokens.size - 1 - feed.first) * vocab_size;
         std::copy(last, last + vocab_size, feed.session->logits_.values.begin());
         feed.session->logits_.find_maxima();
     }
@@ -412,86 +412,6 @@ void draw_each(std::vector<Draw>& draws) {
     });
     for (Draw& draw : draws)
         draw.lock.reset();
-}
-
-std::vector<double> score(Session& session, const std::vector<std::int32_t>& tokens,
-                          const std::function<void()>& between_chunks) {
-    const std::int32_t vocab_size = session.model().config().vocab_size;
-    const KernelTable& kernels = session.model().kernels();
-    const auto n_logits = static_cast<std::size_t>(vocab_size);
-    std::vector<double> scores(tokens.size(), std::numeric_limits<double>::quiet_NaN());
-    if (tokens.empty()) return scores;
-    const std::int32_t n_before = session.n_tokens();
-    if (n_before > 0 && tokens[0] >= 0 && tokens[0] < vocab_size) {
-        scores[0] = session.log_probability(tokens[0]);
-    }
-    session.check(tokens.data(), tokens.size());
-    std::vector<float> logits(std::min(tokens.size(), max_rows) * n_logits);
-    Logits one;
-    one.resize(n_logits);
-    try {
-        for (std::size_t begin = 0; begin < tokens.size(); begin += max_rows) {
-            const std::size_t end = std::min(tokens.size(), begin + max_rows);
-            const auto at = [&](std::size_t i) {
-                return tokens.begin() + static_cast<std::ptrdiff_t>(i);
-            };
-            const std::vector<std::int32_t> chunk(at(begin), at(end));
-            feed({{&session, chunk, logits.data()}}, between_chunks);
-            for (std::size_t i = begin + 1; i < std::min(tokens.size(), end + 1); ++i) {
-                const float* row = logits.data() + (i - 1 - begin) * n_logits;
-                std::copy(row, row + n_logits, one.values.begin());
-                one.find_maxima();
-                scores[i] = log_probability(kernels, one, tokens[i]);
-            }
-            between_chunks();
-        }
-    } catch (...) {
-        session.rewind(n_before);
-        throw;
-    }
-    return scores;
-}
-
-std::vector<double> score_ways(Session& session, const std::vector<std::vector<std::int32_t>>& ways,
-                               const std::function<void()>& between_chunks) {
-    const KernelTable& kernels = session.model().kernels();
-    const auto n_logits = static_cast<std::size_t>(session.model().config().vocab_size);
-    std::vector<double> scores;
-    for (const std::vector<std::int32_t>& way : ways) {
-        if (way.empty()) throw Error(Status::invalid_argument, "a way to go on has no tokens");
-        session.check(way.data(), way.size());
-        scores.push_back(session.log_probability(way[0]));
-    }
-    Logits one;
-    one.resize(n_logits);
-    // As many as fit into one pass. Of each way's tokens all but the last are read.
-    for (std::size_t begin = 0, end = 0; begin < ways.size(); begin = end) {
-        std::size_t n_rows = 0;
-        do {
-            n_rows += ways[end++].size() - 1;
-        } while (end < ways.size() && n_rows + ways[end].size() - 1 <= max_rows);
-        std::vector<std::shared_ptr<Session>> forks;
-        std::vector<float> logits(n_rows * n_logits);
-        std::vector<Feed> feeds;
-        float* next = logits.data();
-        for (std::size_t i = begin; i < end; ++i) {
-            TokenSpan tokens(ways[i]);
-            tokens.size -= 1;
-            forks.push_back(session.fork(0));
-            feeds.push_back({forks.back().get(), tokens, next});
-            next += tokens.size * n_logits;
-        }
-        feed(feeds, between_chunks);
-        next = logits.data();
-        for (std::size_t i = begin; i < end; ++i) {
-            for (std::size_t k = 1; k < ways[i].size(); ++k, next += n_logits) {
-                std::copy(next, next + n_logits, one.values.begin());
-                one.find_maxima();
-                scores[i] += log_probability(kernels, one, ways[i][k]);
-            }
-        }
-    }
-    return scores;
 }
 
 }  // namespace tinyllama

@@ -188,7 +188,8 @@ void draw_each(std::vector<Draw>& draws);
 struct Feed {
     Session* session;
     TokenSpan tokens;
-    float* all_logits;  // (tokens.size, vocab_size) out, or null
+    float* all_logits;      // (tokens.size - first, vocab_size) out, or null
+    std::size_t first = 0;  // of the tokens, whose logits are wanted
 };
 
 // Appends tokens to sessions of one model as one batch, cut into chunks where it is long;
@@ -197,15 +198,5 @@ struct Feed {
 // Whatever is thrown later (nonfinite logits, a stop) leaves every session as it was.
 void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_chunks,
           const Tap* tap = nullptr);
-
-// Appends tokens to one session and returns, for each, the logarithm of its probability given all
-// before it: NaN for the first token of an empty session.
-std::vector<double> score(Session& session, const std::vector<std::int32_t>& tokens,
-                          const std::function<void()>& between_chunks);
-
-// The logarithm of the probability of each of several ways to go on, all in one batch. They fit the
-// context each by itself, have a token at least, and leave the session as it was.
-std::vector<double> score_ways(Session& session, const std::vector<std::vector<std::int32_t>>& ways,
-                               const std::function<void()>& between_chunks);
 
 }  // namespace tinyllama

@@ -72,10 +72,13 @@ def test_losing_any_part_of_the_state_is_noticed(
     part = Trainer(RECIPE, tokens, tmp_path / "part")
     for _ in range(3):
         part.step()
+    part.evaluate()
     part.save()
+    saved = part.state
     if lost == "optimizer":
         monkeypatch.setattr("tinyllama.train.trainer.load_optimizers", lambda *_: None)
     part = Trainer(RECIPE, tokens, tmp_path / "part")
+    assert part.state == saved and None not in dataclasses.astuple(saved)
     if lost == "step":  # position in the text and in the schedule
         part.state = dataclasses.replace(part.state, step=2)
     if lost == "seed":

@@ -269,6 +269,13 @@ def kernel_matmul(
     16), of which panels [begin, end) of 16 are computed. What is not written is NaN; with add, the
     products are added to 1."""
 
+def score_texts(
+    model: Model, texts: Sequence[Sequence[int]], n_given: Sequence[int]
+) -> list[tuple[float, bool]]:
+    """For each text, from token n_given[i] >= 1 on: the natural logarithm of the probability of its
+    tokens, given all before each, and whether each is the likeliest in its place. Read in batches;
+    a text may have a token more than the context. ArgumentError, ContextFullError."""
+
 def score_ways(session: Session, ways: Sequence[Sequence[int]]) -> list[float]:
     """The natural logarithm of the probability of each way to go on. ArgumentError for an empty
     one, ContextFullError; the session stays as it is."""

@@ -1,0 +1,103 @@
+"""A task of lm-evaluation-harness on the native engine, beside the harness's own ``hf`` model.
+
+    python benchmarks/tasks.py HF_DIR blimp/*.jsonl [--rounds 5] [--threads 2]
+
+HF_DIR is a Hugging Face folder (`tinyllama export --to hf`); the files are BLiMP's, each a line of
+JSON with sentence_good and sentence_bad. Both score the same sentences in alternating rounds, in
+float32, on the same threads; ``hf`` in batches of 8 and 32, of which the fastest counts. Printed
+as JSON: accuracies, the largest difference of any log-likelihood, seconds, and their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import lm_eval
+import torch
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+import tinyllama
+from tinyllama.evaluate.harness import TinyLlamaLM
+
+TASK = """\
+task: {name}
+dataset_path: json
+dataset_kwargs: {{data_files: {{validation: {file}}}}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: ""
+doc_to_target: 0
+doc_to_choice: "{{{{[sentence_good, sentence_bad]}}}}"
+num_fewshot: 0
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
+HF_BATCHES = (8, 32)
+
+
+def run(model: Any, names: list[str], folder: str) -> tuple[float, dict[str, float], list[float]]:
+    """(seconds, accuracy by task, log-likelihoods of all sentences in order)."""
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    start = time.perf_counter()
+    found = lm_eval.simple_evaluate(
+        model, tasks=names, task_manager=manager, log_samples=True, bootstrap_iters=0
+    )
+    seconds = time.perf_counter() - start
+    samples = [sample for name in names for sample in found["samples"][name]]
+    return (
+        seconds,
+        {name: found["results"][name]["acc,none"] for name in names},
+        [answer[0][0] for sample in samples for answer in sample["resps"]],
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", metavar="HF_DIR")
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(args.threads)
+    ours = TinyLlamaLM(tinyllama.load(args.model, n_threads=args.threads))
+    theirs = {
+        size: HFLM(pretrained=args.model, device="cpu", dtype="float32", batch_size=size)
+        for size in HF_BATCHES
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        names = [Path(file).stem for file in args.files]
+        for name, file in zip(names, args.files, strict=True):
+            text = TASK.format(name=name, file=Path(file).resolve())
+            Path(folder, f"{name}.yaml").write_text(text)
+        results: dict[Any, list[Any]] = {"tinyllama": []} | {size: [] for size in HF_BATCHES}
+        for _ in range(args.rounds):
+            results["tinyllama"].append(run(ours, names, folder))
+            for size in HF_BATCHES:
+                results[size].append(run(theirs[size], names, folder))
+    seconds = {k: statistics.median(r[0] for r in rounds) for k, rounds in results.items()}
+    best = min(HF_BATCHES, key=seconds.__getitem__)
+    (_, accuracy, mine), (_, other_accuracy, other) = results["tinyllama"][0], results[best][0]
+    report = {
+        "accuracy": accuracy,
+        "accuracy_hf": other_accuracy,
+        "largest_difference": max(abs(a - b) for a, b in zip(mine, other, strict=True)),
+        "sentences": len(mine),
+        "seconds": round(seconds["tinyllama"], 2),
+        "seconds_hf": {size: round(seconds[size], 2) for size in HF_BATCHES},
+        "ratio": round(seconds[best] / seconds["tinyllama"], 2),
+    }
+    print(json.dumps(report, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+// How likely text is: of one timeline, of many texts at once, of several ways to go on.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#include "session.h"
+
+namespace tinyllama {
+
+// Appends tokens to one session and returns, for each, the logarithm of its probability given all
+// before it: NaN for the first token of an empty session.
+std::vector<double> score(Session& session, const std::vector<std::int32_t>& tokens,
+                          const std::function<void()>& between_chunks);
+
+// The logarithm of the probability of some tokens, and whether each is the likeliest in its place.
+struct Likelihood {
+    double logprob = 0;
+    bool greedy = true;
+};
+
+// Of each of many texts, from token n_given[i] on, given all before it. Texts that fit into a pass
+// together are read together; a text may have a token more than the context. Throws
+// Error(invalid_argument) for a text with nothing given, and what feed() does.
+std::vector<Likelihood> score_texts(const std::shared_ptr<const Model>& model,
+                                    const std::vector<std::vector<std::int32_t>>& texts,
+                                    const std::vector<std::int32_t>& n_given,
+                                    const std::function<void()>& between_chunks);
+
+// The logarithm of the probability of each of several ways to go on, all in one batch. They fit the
+// context each by itself, have a token at least, and leave the session as it was.
+std::vector<double> score_ways(Session& session, const std::vector<std::vector<std::int32_t>>& ways,
+                               const std::function<void()>& between_chunks);
+
+}  // namespace tinyllama

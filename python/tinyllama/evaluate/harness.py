@@ -1,0 +1,209 @@
+"""The native engine as a model of lm-evaluation-harness (its name there: ``tinyllama``).
+
+``tinyllama eval MODEL --tasks …`` runs tasks on it; so does Python, as the harness takes models by
+object: ``lm_eval.simple_evaluate(model=TinyLlamaLM("model.gguf"), tasks=["blimp_transitive"])``.
+Tokens, windows and scores are those of the harness's own ``hf`` model on the same weights.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from .. import _core
+from ..errors import ArgumentError, MissingExtraError
+from ..loading import load
+from ..model import Model
+from ..sampling import SamplingParams
+
+try:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    from tqdm import tqdm
+except ImportError as error:
+    raise MissingExtraError(error.name or "lm_eval", "eval") from error
+
+# Requests that are scored between two movements of the progress bar.
+AT_ONCE = 64
+
+
+@register_model("tinyllama")
+class TinyLlamaLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
+    """``pretrained``: a Model, or what :func:`tinyllama.load` takes, with its keywords.
+
+    ``batch_size``, ``max_batch_size`` and ``device`` are the harness's and mean nothing here.
+    """
+
+    def __init__(
+        self,
+        pretrained: Any = None,
+        *,
+        batch_size: object = None,
+        max_batch_size: object = None,
+        device: object = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        self.model = pretrained if isinstance(pretrained, Model) else load(pretrained, **options)
+        self.name = str(self.model.info()["path"])
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What the harness's cache of requests knows the tokenizer by."""
+        return self.name
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text; where there is none, the one that begins the next."""
+        tokenizer = self.model.tokenizer
+        ids = [one for one in (tokenizer.eos_id, tokenizer.bos_id) if one is not None]
+        if not ids:
+            raise ArgumentError(f"{self.name}: the tokenizer has neither BOS nor EOS")
+        return ids[0]
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands before a text without a context."""
+        bos = self.model.tokenizer.bos_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of context."""
+        return self.model.config.max_seq_len
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **_options: object
+    ) -> list[int]:
+        """Tokens of a text, after BOS unless that is declined."""
+        return self.model.tokenizer.encode(string, bos=add_special_tokens is not False)
+
+    def _loglikelihood_tokens(
+        self,
+        requests: Sequence[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        **_options: object,
+    ) -> list[tuple[float, bool]]:
+        texts, n_given = list[list[int]](), list[int]()
+        for (_, text), context_tokens, tokens in requests:
+            if len(tokens) > self.max_length:
+                raise ArgumentError(
+                    f"{len(tokens)} tokens do not fit into the context of {self.max_length}:"
+                    f" {text[:60]!r}"
+                )
+            texts.append((context_tokens + tokens)[-(self.max_length + 1) :])
+            n_given.append(len(texts[-1]) - len(tokens))
+        results: list[tuple[float, bool]] = []
+        with tqdm(total=len(texts), disable=disable_tqdm, desc="scoring") as bar:
+            for i in range(0, len(texts), AT_ONCE):
+                part = slice(i, i + AT_ONCE)
+                results += _core.score_texts(self.model._core, texts[part], n_given[part])
+                bar.update(len(texts[part]))
+        for ((context, text), _, _), result in zip(requests, results, strict=True):
+            self.cache_hook.add_partial("loglikelihood", (context, text), result)
+        return results
+
+    def loglikelihood_rolling(
+        self, requests: Sequence[Instance], disable_tqdm: bool = False
+    ) -> list[float]:
+        """ln of the probability of whole texts, in windows of which each sees a full context."""
+        windows = []
+        owners = []
+        for i, request in enumerate(requests):
+            (text,) = request.args
+            for window in get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            ):
+                context_tokens, tokens = make_disjoint_window(window)
+                windows.append((("", text), context_tokens, tokens))
+                owners.append(i)
+        totals = [0.0] * len(requests)
+        scored = self._loglikelihood_tokens(windows, disable_tqdm)
+        for i, (logprob, _) in zip(owners, scored, strict=True):
+            totals[i] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
+        """Texts that go on until a stop string, all with the same options at once."""
+        groups: dict[str, list[int]] = defaultdict(list)
+        for i, request in enumerate(requests):
+            groups[repr(sorted(request.args[1].items()))].append(i)
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), disable=disable_tqdm, desc="generating") as bar:
+            for members in groups.values():
+                options: dict[str, Any] = normalize_gen_kwargs(requests[members[0]].args[1])
+                params = _sampling(options)
+                room = self.max_length - options["max_gen_toks"]
+                if room < 1:
+                    raise ArgumentError(
+                        f"max_gen_toks is {options['max_gen_toks']}; the context has"
+                        f" {self.max_length} tokens"
+                    )
+                for i in range(0, len(members), AT_ONCE):
+                    part = members[i : i + AT_ONCE]
+                    prompts = [self.tok_encode(requests[k].args[0])[-room:] for k in part]
+                    done = self.model.complete(prompts, params=params)
+                    for k, completion in zip(part, done, strict=True):
+                        # `hf` decodes by a tokenizer that drops a text's first space.
+                        texts[k] = completion.text.removeprefix(" ")
+                        self.cache_hook.add_partial("generate_until", requests[k].args, texts[k])
+                    bar.update(len(part))
+        return texts
+
+
+def _sampling(options: dict[str, Any]) -> SamplingParams:
+    known = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
+    chosen = {name: options[name] for name in known if options.get(name) is not None}
+    if not options.get("do_sample"):
+        chosen["temperature"] = 0.0
+    return SamplingParams(
+        max_new_tokens=options["max_gen_toks"],
+        stop=[stop for stop in options.get("until") or [] if stop] or None,
+        seed=0,
+        **chosen,
+    )
+
+
+def evaluate(
+    model: Model,
+    tasks: Iterable[str],
+    *,
+    folder: str | None = None,
+    num_fewshot: int | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """What the harness finds for ``tasks``, whose YAML files may lie in ``folder``: its dict.
+
+    ``results`` has the metrics by task, ``samples`` every request with its answer, and ``versions``
+    the tasks' own. ``num_fewshot`` examples stand before each question (None: as the task says);
+    ``limit`` takes the first so many questions. Raises ArgumentError for a task that is not known.
+    """
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
+    tasks = list(tasks)
+    manager = TaskManager(include_path=folder)
+    for task in tasks:
+        if task not in manager.all_tasks:
+            raise ArgumentError(
+                f"no task is called {task!r}; `lm-eval ls tasks` lists those of the harness, and"
+                " --task-folder names a folder with others"
+            )
+    results: dict[str, Any] = lm_eval.simple_evaluate(
+        model=TinyLlamaLM(model),
+        tasks=tasks,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        task_manager=manager,
+        verbosity="WARNING",
+    )
+    return results

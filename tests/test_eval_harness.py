@@ -1,0 +1,186 @@
+"""The adapter for lm-evaluation-harness: the numbers of its own model ``hf``, same weights."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+pytest.importorskip("lm_eval")
+pytest.importorskip("transformers")
+
+import lm_eval
+from lm_eval.api.instance import Instance
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+
+from random_models import tiny_checkpoint, tiny_model
+from tinyllama import _core, load
+from tinyllama.cli import main
+from tinyllama.errors import ArgumentError, ContextFullError
+from tinyllama.evaluate.harness import TinyLlamaLM
+from tinyllama.formats.hf import save_hf
+
+CONTEXT = 320  # more than one pass reads
+TASK = """\
+task: pets
+dataset_path: json
+dataset_kwargs: {data_files: {validation: FILE}}
+output_type: multiple_choice
+validation_split: validation
+doc_to_text: ""
+doc_to_target: 0
+doc_to_choice: "{{[good, bad]}}"
+num_fewshot: 0
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("hf") / "model"
+    save_hf(tiny_checkpoint(max_seq_len=CONTEXT, vocab_size=200), path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def ours(folder):
+    return TinyLlamaLM(load(folder, n_threads=1))
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    return HFLM(pretrained=folder, device="cpu", dtype="float32", batch_size=3)
+
+
+def requests(kind, arguments):
+    return [Instance(kind, {}, one, 0) for one in arguments]
+
+
+def sentences(n, seed=0):
+    random = np.random.default_rng(seed)
+    words = ["the", "cat", "sat", "on", "it", "so", "they", "ran", "far", "down"]
+    return [" ".join(random.choice(words, random.integers(1, 30))) for _ in range(n)]
+
+
+# --- many texts at once -----------------------------------------------------------------------
+
+
+def test_many_texts_score_as_each_does_alone():
+    model, random = tiny_model(max_seq_len=CONTEXT), np.random.default_rng(0)
+    lengths = [*random.integers(2, 40, 30), CONTEXT + 1, 257, 2, 1, CONTEXT]
+    texts = [random.integers(3, 300, n).tolist() for n in lengths]
+    n_given = [int(random.integers(1, len(text) + 1)) for text in texts]
+    found = _core.score_texts(model._core, texts, n_given)
+    for text, given, (logprob, greedy) in zip(texts, n_given, found, strict=True):
+        logits = model.logits(text[:-1]).astype(np.float64) if len(text) > 1 else np.zeros((0, 300))
+        rows = logits[given - 1 :]
+        chosen = rows[np.arange(len(rows)), text[given:]]
+        expected = (chosen - np.log(np.exp(rows).sum(axis=1))).sum()
+        assert math.isclose(logprob, expected, abs_tol=1e-4)
+        assert greedy == all(chosen == rows.max(axis=1))
+
+
+def test_greedy_is_said_of_what_the_model_itself_would_say():
+    model = tiny_model(vocab_size=200)
+    prompt = model.tokenizer.encode("the cat")
+    said = list(model.complete(prompt, temperature=0, max_new_tokens=9).tokens)
+    other = [*said[:-1], (said[-1] + 1) % 200]
+    found = _core.score_texts(model._core, [prompt + said, prompt + other], [len(prompt)] * 2)
+    assert [greedy for _, greedy in found] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "texts, n_given, error, message",
+    [
+        ([[1, 2]], [0], ArgumentError, "text 0 has 2 tokens; 0 cannot be given"),
+        ([[1, 2], []], [1, 1], ArgumentError, "text 1 has 0 tokens"),
+        ([[1, 2]], [3], ArgumentError, "3 cannot be given"),
+        ([[1, 2]], [1, 1], ArgumentError, "n_given"),
+        ([[1, 300]], [1], ArgumentError, "token 300"),
+        ([[1] * 66], [1], ContextFullError, "65 tokens do not fit"),
+    ],
+)
+def test_texts_that_cannot_be_scored(texts, n_given, error, message):
+    with pytest.raises(error, match=message):
+        _core.score_texts(tiny_model()._core, texts, n_given)
+
+
+# --- beside the harness's own hf model --------------------------------------------------------
+
+
+def test_likelihoods_are_those_of_hf(ours, theirs):
+    texts = sentences(39)  # hf mixes up requests that join to the same text
+    pairs = [(text[:9], text[9:] or "x") for text in texts[:13]]
+    pairs += [("", text) for text in texts[13:26]]  # nothing before it
+    pairs += [(text + " ", "and so on") for text in texts[26:]]  # its space counts as scored
+    pairs += [(" ".join(texts), "the end of a long story")]  # more than the context
+    mine = ours.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    other = theirs.loglikelihood(requests("loglikelihood", pairs), disable_tqdm=True)
+    np.testing.assert_allclose([a[0] for a in mine], [b[0] for b in other], atol=1e-3)
+    assert [a[1] for a in mine] == [bool(b[1]) for b in other]
+
+
+def test_rolling_likelihoods_are_those_of_hf(ours, theirs):
+    texts = [(text,) for text in [*sentences(5), " ".join(sentences(40, seed=1))]]
+    assert len(ours.tok_encode(texts[-1][0])) > 2 * CONTEXT
+    mine = ours.loglikelihood_rolling(requests("loglikelihood_rolling", texts), disable_tqdm=True)
+    other = theirs.loglikelihood_rolling(
+        requests("loglikelihood_rolling", texts), disable_tqdm=True
+    )
+    np.testing.assert_allclose(mine, other, atol=1e-3)
+
+
+def test_texts_that_go_on_are_those_of_hf(ours, theirs):
+    options = [
+        {"until": ["e"], "max_gen_toks": 20},
+        {"until": [], "max_gen_toks": 12, "do_sample": False},
+        {"until": "t", "max_gen_toks": 7},
+    ]
+    arguments = [(text, one) for text in sentences(4) for one in options]
+    mine = ours.generate_until(requests("generate_until", arguments), disable_tqdm=True)
+    other = theirs.generate_until(requests("generate_until", arguments), disable_tqdm=True)
+    assert mine == other and len(set(mine)) > 4
+
+
+def test_what_does_not_fit_is_refused(ours):
+    long = ("a", "the cat " * CONTEXT)
+    with pytest.raises(ArgumentError, match=f"do not fit into the context of {CONTEXT}: 'the cat"):
+        ours.loglikelihood(requests("loglikelihood", [long]), disable_tqdm=True)
+    with pytest.raises(ArgumentError, match="max_gen_toks is 999"):
+        ours.generate_until(
+            requests("generate_until", [("a", {"until": [], "max_gen_toks": 999})]),
+            disable_tqdm=True,
+        )
+
+
+@pytest.fixture
+def task(tmp_path, monkeypatch):
+    """A folder with a task of 20 questions, read without a cache that others share."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    lines = zip(sentences(20), sentences(20, seed=2), strict=True)
+    questions = [json.dumps({"good": good, "bad": bad}) + "\n" for good, bad in lines]
+    (tmp_path / "pets.jsonl").write_text("".join(questions))
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "pets.yaml").write_text(TASK.replace("FILE", str(tmp_path / "pets.jsonl")))
+    return str(folder)
+
+
+def test_a_task_on_the_command_line(folder, theirs, task, capsys):
+    manager = TaskManager(include_path=task, include_defaults=False)
+    expected = lm_eval.simple_evaluate(theirs, tasks=["pets"], task_manager=manager, limit=15)
+    expected = expected["results"]["pets"]
+    assert 0 < expected["acc,none"] < 1
+    capsys.readouterr()
+    arguments = ["--tasks", "pets", "--task-folder", task, "--limit", "15", "--json"]
+    assert main(["eval", folder, *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)["tasks"]["pets"]
+    assert found == {"acc": expected["acc,none"], "acc_stderr": expected["acc_stderr,none"]}
+
+
+def test_a_task_that_does_not_exist(folder, task, capsys):
+    assert main(["eval", folder, "--tasks", "cats", "--task-folder", task]) == 2
+    assert "no task is called 'cats'" in capsys.readouterr().err
+    assert main(["eval", folder]) == 2
+    assert "give --text, --tasks or both" in capsys.readouterr().err
