@@ -17,6 +17,11 @@ examples:
   tinyllama train --preset stories15m --set batch_size=32 --data tokens --out run
   tinyllama train --config my.toml --data tokens --out run
   tinyllama train --resume --data tokens --out run
+
+on four devices of this machine, or processes where there is no GPU; on several machines with the
+arguments of torchrun (--nnodes, --rdzv-endpoint) and folders that all of them see:
+  torchrun --nproc-per-node 4 -m tinyllama.train --preset stories110m --data tokens --out run
+They share each step's batch_size × grad_accum windows; --set parallel=fsdp shares the weights too.
 """
 
 
@@ -71,11 +76,13 @@ def train(args: argparse.Namespace) -> int:
         from ..train.checkpoint import find_checkpoint, load_state
         from ..train.recipe import recipe_from_dict
 
-        checkpoint = find_checkpoint(args.out)
-        source = str(checkpoint / "trainer.json")
-        recipe = recipe_from_dict(load_state(checkpoint).recipe, source, args.set)
+        previous = find_checkpoint(args.out)
+        source = str(previous / "trainer.json")
+        recipe = recipe_from_dict(load_state(previous).recipe, source, args.set)
     from ..train.trainer import Trainer
 
     trainer = Trainer(recipe, args.data, args.out)
-    print(trainer.train())
+    checkpoint = trainer.train()
+    if trainer.ranks.is_first:
+        print(checkpoint)
     return 0 if trainer.state.step == trainer.recipe.steps else 130

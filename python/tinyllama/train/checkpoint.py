@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,11 @@ from typing import TYPE_CHECKING, Any
 from ..errors import FormatError
 from ..files import whole_file, whole_folder
 from ..formats.checkpoint import Checkpoint
+from .distributed import shared_like, whole
 from .model import Llama, state_to_tensors, tensors_to_state
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.optim import Optimizer
 
     from ..formats.checkpoint import Vocabulary
@@ -59,16 +62,35 @@ class Snapshot:
 
 
 def take_snapshot(
-    state: TrainerState, model: Llama, optimizers: dict[str, Optimizer], vocabulary: Vocabulary
-) -> Snapshot:
-    """Copy all that a checkpoint holds into main memory."""
-    tensors = state_to_tensors(model.state_dict())
-    source = f"step {state.step}"
+    state: TrainerState,
+    model: Llama,
+    optimizers: dict[str, Optimizer],
+    vocabulary: Vocabulary,
+    keep: bool = True,
+) -> Snapshot | None:
+    """Copy all that a checkpoint holds into main memory.
+
+    Where ranks share the tensors all of them have to call this, and one needs to ``keep`` them.
+    """
+    weights = _gathered(model.state_dict(), keep)
+    moments = _gathered(optimizer_tensors(model, optimizers), keep)
+    if not keep:
+        return None
+    tensors, source = state_to_tensors(weights), f"step {state.step}"
     return Snapshot(
         state,
         Checkpoint(model.config, tensors, vocabulary, source=source),
-        {name: tensor.clone() for name, tensor in optimizer_tensors(model, optimizers).items()},
+        {name: tensor.cpu().clone() for name, tensor in moments.items()},
     )
+
+
+def _gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if keep:
+            found[name] = full.contiguous()
+    return found
 
 
 class Saver:
@@ -239,18 +261,21 @@ def load_optimizers(folder: Path, model: Llama, optimizers: dict[str, Optimizer]
                 for key, tensor in found.items():
                     if tensor.dim() and tensor.shape != parameter.shape:
                         raise FormatError(f"{source}: {prefix + key} has another shape")
-                    on_cpu = tensor.dim() == 0 and parameter.device.type == "cpu"
-                    found[key] = tensor if on_cpu else tensor.to(parameter.device)
+                    found[key] = (
+                        shared_like(tensor, parameter)
+                        if tensor.dim()
+                        else tensor.to(parameter.device)
+                    )
                 optimizer.state[parameter] = found
     if tensors:
         raise FormatError(f"{source}: unknown tensor {next(iter(tensors))}")
 
 
-def optimizer_tensors(model: Llama, optimizers: dict[str, Optimizer]) -> dict[str, Any]:
+def optimizer_tensors(model: Llama, optimizers: dict[str, Optimizer]) -> dict[str, Tensor]:
     """The optimizers' state as ``{kind}/{parameter}/{field}`` -> tensor."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {
-        f"{kind}/{names[id(parameter)]}/{field}": tensor.detach().cpu().contiguous()
+        f"{kind}/{names[id(parameter)]}/{field}": tensor
         for kind, optimizer in optimizers.items()
         for parameter, fields in optimizer.state.items()
         for field, tensor in fields.items()

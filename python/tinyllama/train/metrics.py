@@ -15,12 +15,17 @@ class Metrics:
 
     Training records carry ``train_nats`` and ``learning_rate``; validation records
     ``valid_nats`` and ``bits_per_byte``. Records after ``step`` are dropped on opening: they
-    belong to steps that a crash has undone.
+    belong to steps that a crash has undone. Of several processes that train together one may
+    ``write``; it makes the folder.
     """
 
-    def __init__(self, run: Path, step: int) -> None:
+    def __init__(self, run: Path, step: int, write: bool = True) -> None:
         self.path = run / "metrics.jsonl"
         self.records: list[dict[str, Any]] = []
+        self._writes = write
+        if not write:
+            return
+        run.mkdir(parents=True, exist_ok=True)
         if step and self.path.exists():
             self.records = [record for record in self._read() if record["step"] <= step]
         with whole_file(self.path) as file:
@@ -29,6 +34,8 @@ class Metrics:
 
     def log(self, step: int, **values: float) -> None:
         """Append a record."""
+        if not self._writes:
+            return
         record = {"step": step, **values}
         self.records.append(record)
         with open(self.path, "a", encoding="utf-8") as file:

@@ -14,6 +14,7 @@ try:
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn
+    from torch.utils.checkpoint import checkpoint
 except ImportError as error:
     raise MissingExtraError("torch", "train") from error
 
@@ -36,10 +37,11 @@ class Layer(nn.Module):
     w_up: Tensor
     w_down: Tensor
 
-    def __init__(self, config: Config, dropout: float) -> None:
+    def __init__(self, config: Config, dropout: float, recompute: bool) -> None:
         super().__init__()
         self.config = config
         self.dropout = dropout
+        self.recompute = recompute
         for name, shape in config.tensor_shapes().items():
             if name.startswith("layers.0."):
                 empty = nn.Parameter(torch.ones(shape))
@@ -47,6 +49,12 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, tap: Tap) -> Tensor:
         """``x`` (batch, n_tokens, dim) -> the same shape."""
+        if self.recompute and self.training:
+            result: Tensor = checkpoint(self._forward, x, cos, sin, tap, use_reentrant=False)
+            return result
+        return self._forward(x, cos, sin, tap)
+
+    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, tap: Tap) -> Tensor:
         eps = self.config.norm_eps
         h = rms_norm(x, self.attn_norm, eps)
         tap("attn_norm", h)
@@ -85,19 +93,23 @@ class Llama(nn.Module):
     """A Llama for training. Its state_dict has the names and shapes of ``Config.tensor_shapes()``.
 
     ``dropout`` acts on the embedding and on both branches that are added to the residual stream,
-    in training mode only; see :func:`drop`. Weights start normal with deviation 0.02, those
-    that write to the residual stream divided by sqrt(2 n_layers) (GPT-2, llama2.c).
+    in training mode only; see :func:`drop`. With ``recompute`` only the input of each layer is
+    kept, and the layer computed again for its gradients (Chen et al., arXiv 1604.06174). Weights
+    start normal with deviation 0.02, those that write to the residual stream divided by
+    sqrt(2 n_layers) (GPT-2, llama2.c).
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: Config, dropout: float = 0.0) -> None:
+    def __init__(self, config: Config, dropout: float = 0.0, recompute: bool = False) -> None:
         super().__init__()
         self.config = config
         self.dropout = dropout
         self.tok_embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
-        self.layers = nn.ModuleList(Layer(config, dropout) for _ in range(config.n_layers))
+        self.layers = nn.ModuleList(
+            Layer(config, dropout, recompute) for _ in range(config.n_layers)
+        )
         self.final_norm = nn.Parameter(torch.ones(config.dim))
         self.lm_head = None
         if not config.tie_embeddings:

@@ -56,6 +56,8 @@ class Recipe:
     keep_checkpoints: int = 2
     init_from: str = ""
     device: str = "auto"
+    parallel: str = "ddp"
+    activation_checkpointing: bool = False
     dtype: str = "auto"
     compile: str = "auto"
     n_threads: int = 0
@@ -84,6 +86,11 @@ class Recipe:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
+        if not isinstance(self.activation_checkpointing, bool):
+            raise ConfigError(
+                f"activation_checkpointing is {self.activation_checkpointing!r};"
+                " it must be true or false"
+            )
         if not isinstance(self.init_from, str):
             raise ConfigError(f"init_from is {self.init_from!r}; it must be a path")
         if self.seq_len > self.model.max_seq_len:
@@ -125,6 +132,7 @@ CHOICES = {
     "optimizer": ("adamw", "muon"),
     "schedule": ("cosine", "linear", "constant"),
     "device": ("auto", "cpu", "cuda", "mps"),
+    "parallel": ("ddp", "fsdp"),
     "dtype": ("auto", "f32", "bf16"),
     "compile": ("auto", "yes", "no"),
 }

@@ -45,6 +45,7 @@ from .device import (
     keep_freed_memory,
     maybe_compiled,
 )
+from .distributed import Ranks, whole
 from .metrics import Metrics
 from .model import Llama
 from .validate import tell, validate
@@ -59,6 +60,8 @@ FREE_SETTINGS = (
     "keep_checkpoints",
     "device",
     "n_threads",
+    "parallel",
+    "activation_checkpointing",
 )
 
 
@@ -66,7 +69,8 @@ class Trainer:
     """A run of ``recipe`` on the token folder ``data``; everything is written below ``out``.
 
     A run that ``out`` already holds goes on where it stopped, bitwise as if it never had.
-    ``state`` says how far it is, ``model`` holds the weights.
+    ``state`` says how far it is, ``model`` holds the weights. In processes that torchrun started
+    each is one of the ``ranks`` of one training, and all methods are called by all of them.
 
     Raises ConfigError (recipe and data contradict each other, or ``out`` holds another run),
     FormatError (damaged files), OSError (cannot read or write).
@@ -93,26 +97,29 @@ class Trainer:
         if recipe.n_threads:
             torch.set_num_threads(recipe.n_threads)
         keep_freed_memory()
-        device = choose_device(recipe.device)
+        self.ranks = Ranks(choose_device(recipe.device))
+        device = self.ranks.device
+        self.share = self.ranks.share(recipe.batch_size * recipe.grad_accum)
         be_deterministic()
         torch.manual_seed(recipe.seed)
-        self.model = Llama(recipe.model, recipe.dropout).to(device)
-        self.optimizers = make_optimizers(self.model, recipe)
+        self.model = Llama(recipe.model, recipe.dropout, recipe.activation_checkpointing)
         self.state = TrainerState(0, recipe.to_dict(), folder.sha256, torch.get_num_threads())
         if previous is not None:
             check_files(previous)
             self.state = load_state(previous)
             load_weights(previous, self.model)
-            load_optimizers(previous, self.model, self.optimizers)
             if self.state.n_threads != torch.get_num_threads():
-                _say(f"threads: {self.state.n_threads} before, now {torch.get_num_threads()}:"
-                     " sums may round differently than in one go")  # fmt: skip
+                self._say(f"threads: {self.state.n_threads} before, now {torch.get_num_threads()}:"
+                          " sums may round differently than in one go")  # fmt: skip
         elif recipe.init_from:
             load_weights(find_checkpoint(recipe.init_from), self.model)
+        self.network = self.ranks.spread(self.model.to(device), recipe.parallel)
+        self.optimizers = make_optimizers(self.model, recipe)
+        if previous is not None:
+            load_optimizers(previous, self.model, self.optimizers)
         self.autocast = choose_autocast(recipe.dtype, device)
         self.loss = maybe_compiled(recipe.compile, device, self._loss)
-        self.run.mkdir(parents=True, exist_ok=True)
-        self.metrics = Metrics(self.run, self.state.step)
+        self.metrics = Metrics(self.run, self.state.step, write=self.ranks.is_first)
         self._saver = Saver(self.run, recipe.keep_checkpoints)
         self._saved_step = self.state.step if previous is not None else -1
 
@@ -134,30 +141,37 @@ class Trainer:
             unit="tok",
             unit_scale=True,
             mininterval=0.5 if sys.stderr.isatty() else 30.0,
+            disable=not self.ranks.is_first,
         )
         with bar, stop_on_signals() as stop, self._saver:
-            while self.state.step < recipe.steps and not stop.is_set():
+            while self.state.step < recipe.steps and not any(self.ranks.sum(stop.is_set())):
                 nats = self.step()
                 bar.update(recipe.tokens_per_step)
                 step, last = self.state.step, self.state.step == recipe.steps
                 self.state = dataclasses.replace(self.state, seconds=time.monotonic() - started)
                 if step % EVERY_LOG == 0 or last:
                     fraction = recipe.lr_fraction(step - 1)
-                    self.metrics.log(step, train_nats=nats, lr_fraction=fraction,
-                                     seconds=round(self.state.seconds, 1))  # fmt: skip
+                    self.metrics.log(
+                        step,
+                        train_nats=nats,
+                        grad_norm=self.grad_norm,
+                        lr_fraction=fraction,
+                        seconds=round(self.state.seconds, 1),
+                    )
                     bar.set_postfix(loss=f"{nats:.3f}", refresh=False)
                 if _due(step, recipe.every_eval, last):
-                    bar.write(self.evaluate(), file=sys.stderr)
+                    self._say(self.evaluate())
                 if _due(step, recipe.every_sample, last):
-                    bar.write(self.sample(), file=sys.stderr)
+                    self._say(self.sample())
                 if _due(step, recipe.every_save, False):
                     self._finish_saving()
                     self._start_saving()
         if self._saved_step != self.state.step or not self._finish_saving():
             self.save()
-        self.metrics.plot(self.run / "loss.png")
+        if self.ranks.is_first:
+            self.metrics.plot(self.run / "loss.png")
         if self.state.step < recipe.steps:
-            _say(f"stopped after step {self.state.step}; the same command goes on from there")
+            self._say(f"stopped after step {self.state.step}; the same command goes on from there")
         return find_checkpoint(self.run)
 
     def step(self) -> float:
@@ -165,22 +179,26 @@ class Trainer:
 
         Its windows, dropout and learning rate follow from the recipe and the step alone.
         """
-        recipe, step = self.recipe, self.state.step
-        torch.manual_seed((recipe.seed << 32) + step)
+        recipe, step, share = self.recipe, self.state.step, self.share
+        torch.manual_seed(self.ranks.seed(recipe.seed, step))
+        first = step * recipe.batch_size * recipe.grad_accum
         total = 0.0
-        for i in range(recipe.grad_accum):
-            first = (step * recipe.grad_accum + i) * recipe.batch_size
-            windows = torch.from_numpy(self.windows.batch(first, recipe.batch_size))
-            windows = windows.to(self.model.tok_embed.device)
-            loss = self.loss(windows[:, :-1], windows[:, 1:]) / recipe.grad_accum
-            loss.backward()  # type: ignore[no-untyped-call]
+        for begin in share[:: recipe.batch_size]:
+            count = min(recipe.batch_size, share.stop - begin)
+            windows = torch.from_numpy(self.windows.batch(first + begin, count))
+            windows = windows.to(self.ranks.device)
+            with self.ranks.gradients(self.network, complete=begin + count == share.stop):
+                loss = self.loss(windows[:, :-1], windows[:, 1:]) * (count / len(share))
+                loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
+        total = self.ranks.sum(total)[0] / self.ranks.count
         if not math.isfinite(total):
             raise NonFiniteError(
                 f"the loss is {total} at step {step + 1}: lower the learning rate"
                 f" (checkpoints in {self.run} are from before)"
             )
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
+        self.grad_norm = float(whole(norm))
         peaks = {"adamw": recipe.learning_rate, "muon": recipe.muon_learning_rate}
         for kind, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
@@ -194,7 +212,7 @@ class Trainer:
         """Score the validation split, record it, and say it in a line."""
         if self.valid is None:
             return f"step {self.state.step}: no documents to validate on"
-        score = validate(self.model, self.valid, self._forward)
+        score = validate(self.model, self.valid, self._forward, self.ranks)
         best = min(score.bits_per_byte, self.state.best_bits_per_byte or math.inf)
         self.state = dataclasses.replace(
             self.state, bits_per_byte=score.bits_per_byte, best_bits_per_byte=best
@@ -210,8 +228,9 @@ class Trainer:
     def sample(self) -> str:
         """Tell a story and keep it in ``samples.txt``."""
         story = tell(self.model, self.tokenizer, PROMPT, seed=self.state.step)
-        with open(self.run / "samples.txt", "a", encoding="utf-8") as file:
-            file.write(f"step {self.state.step}\n{story}\n\n")
+        if self.ranks.is_first:
+            with open(self.run / "samples.txt", "a", encoding="utf-8") as file:
+                file.write(f"step {self.state.step}\n{story}\n\n")
         return f"step {self.state.step}: {story}"
 
     def save(self) -> Path:
@@ -219,11 +238,15 @@ class Trainer:
         self._finish_saving()
         self._start_saving()
         self._saver.wait()
+        self.ranks.sum(0)  # the others wait for the first
         return find_checkpoint(self.run)
 
     def _start_saving(self) -> None:
-        snapshot = take_snapshot(self.state, self.model, self.optimizers, self.vocabulary)
-        self._saver.start(snapshot)
+        snapshot = take_snapshot(
+            self.state, self.model, self.optimizers, self.vocabulary, self.ranks.is_first
+        )
+        if snapshot is not None:
+            self._saver.start(snapshot)
         self._saved_step = self.state.step
 
     def _finish_saving(self) -> bool:
@@ -231,13 +254,17 @@ class Trainer:
         try:
             self._saver.wait()
         except OSError as error:
-            _say(f"step {self._saved_step} could not be saved, earlier checkpoints stay: {error}")
+            self._say(
+                f"step {self._saved_step} could not be saved, earlier checkpoints stay: {error}"
+            )
             return False
         return True
 
     def _forward(self, tokens: Tensor) -> Tensor:
         with self.autocast():
-            logits: Tensor = self.model(tokens)
+            # Only a training pass goes through what gathers the gradients of DDP.
+            network = self.network if self.model.training else self.model
+            logits: Tensor = network(tokens)
         return logits
 
     def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -247,12 +274,19 @@ class Trainer:
     def _describe(self) -> None:
         recipe, split = self.recipe, self.windows.split
         tokens = recipe.steps * recipe.tokens_per_step
-        _say(
-            f"{recipe.model.n_parameters / 1e6:.2f}M parameters on {self.model.tok_embed.device};"
+        where = str(self.ranks.device)
+        if self.ranks.count > 1:
+            where = f"{self.ranks.count} × {self.ranks.device.type} ({recipe.parallel})"
+        self._say(
+            f"{recipe.model.n_parameters / 1e6:.2f}M parameters on {where};"
             f" {len(split):,} documents, {split.n_tokens:,} tokens;"
             f" {recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens,"
             f" {tokens / split.n_tokens:.1f} epochs; from step {self.state.step}"
         )
+
+    def _say(self, line: str) -> None:
+        if self.ranks.is_first:
+            tqdm.write(line, file=sys.stderr)
 
 
 def previous_run(run: Path, recipe: Recipe, data_sha256: str) -> Path | None:
@@ -333,7 +367,3 @@ def stop_on_signals() -> Iterator[threading.Event]:
 
 def _due(step: int, every: int, last: bool) -> bool:
     return last or (every > 0 and step % every == 0)
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)

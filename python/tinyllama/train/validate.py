@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from ..errors import ConfigError
 from .batches import Split
+from .distributed import Ranks
 from .model import Llama
 
 if TYPE_CHECKING:
@@ -30,12 +31,15 @@ class Validation(NamedTuple):
     n_tokens: int
 
 
-def validate(model: Llama, split: Split, forward: Forward | None = None) -> Validation:
+def validate(
+    model: Llama, split: Split, forward: Forward | None = None, ranks: Ranks | None = None
+) -> Validation:
     """Score every token after BOS, EOS too, of each document of ``split`` on its own.
 
     bits per byte = total nats / ln 2 / UTF-8 bytes of the documents' text. A document longer than
     the context is scored in windows that overlap by half, each token once, in the first window
-    that has it. ``forward`` (default: the model) maps tokens (rows, n) to logits.
+    that has it. ``forward`` (default: the model) maps tokens (rows, n) to logits. The ``ranks`` of
+    a training share the work, and all get the score.
 
     Raises ConfigError when the split is empty.
     """
@@ -44,12 +48,15 @@ def validate(model: Llama, split: Split, forward: Forward | None = None) -> Vali
     forward = forward or model
     device = model.tok_embed.device
     pieces = sorted(_pieces(split, model.config.max_seq_len), key=lambda piece: len(piece[0]))
+    ranks = ranks or Ranks(device)
     total, count = 0.0, 0
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for i in range(0, len(pieces), ROWS):
-            rows = pieces[i : i + ROWS]
+        # As many passes on every rank: those that share tensors wait for one another.
+        for start in range(0, len(pieces), ROWS * ranks.count):
+            i = start + ROWS * ranks.rank
+            rows = pieces[i : i + ROWS] or [(pieces[0][0], len(pieces[0][0]))]
             width = max(len(tokens) for tokens, _ in rows)
             tokens = np.zeros((len(rows), width), np.int64)
             scored = np.zeros((len(rows), width - 1), bool)
@@ -63,7 +70,8 @@ def validate(model: Llama, split: Split, forward: Forward | None = None) -> Vali
             total += float(nats[mask].double().sum())
             count += int(scored.sum())
     model.train(was_training)
-    return Validation(total / count, total / math.log(2) / split.n_bytes, count)
+    total, n_scored = ranks.sum(total, count)
+    return Validation(total / n_scored, total / math.log(2) / split.n_bytes, int(n_scored))
 
 
 def _pieces(split: Split, context: int) -> Iterator[tuple[np.ndarray, int]]:

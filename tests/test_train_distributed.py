@@ -1,0 +1,216 @@
+"""Training in several processes: what comes of it is what one process makes of the same recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("sentencepiece")
+
+from tiny_training import RECIPE, VOCAB, same, weights, write_tokens  # noqa: E402
+from tinyllama.config import Config  # noqa: E402
+from tinyllama.errors import ConfigError  # noqa: E402
+from tinyllama.formats.hf import load_hf  # noqa: E402
+from tinyllama.train.checkpoint import find_checkpoint  # noqa: E402
+from tinyllama.train.distributed import Ranks  # noqa: E402
+from tinyllama.train.model import Llama  # noqa: E402
+from tinyllama.train.recipe import Recipe  # noqa: E402
+from tinyllama.train.trainer import Trainer  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+# Four windows a step, in passes of two at most; the model's odd sizes cannot be shared evenly.
+ODD = Config(dim=18, n_layers=2, n_heads=3, vocab_size=VOCAB, max_seq_len=32, hidden_dim=29)
+RECIPE = dataclasses.replace(
+    RECIPE, model=ODD, steps=40, dropout=0.0, every_eval=10, every_save=16, every_sample=40
+)
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tokens(tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture(scope="module")
+def alone(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trainer]:
+    trainers = {}
+    for optimizer in ("muon", "adamw"):
+        recipe = dataclasses.replace(RECIPE, optimizer=optimizer)
+        trainers[optimizer] = Trainer(recipe, tokens, tmp_path_factory.mktemp("alone"))
+        trainers[optimizer].train()
+    return trainers
+
+
+def torchrun(n: int, recipe: Recipe, data: Path, run: Path, **changes: object) -> str:
+    """Train as the documentation says, in ``n`` processes: what they said."""
+    config = run.with_suffix(".toml")
+    config.write_text(as_toml(dataclasses.replace(recipe, **changes)))
+    command = [
+        *[
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(n),
+        ],
+        *["-m", "tinyllama.train", "--config", str(config), "--data", str(data), "--out", str(run)],
+    ]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+def as_toml(recipe: Recipe) -> str:
+    values = recipe.to_dict()
+    model = {k: v for k, v in values.pop("model").items() if v is not None}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    return "\n".join([*lines, "[model]", *(f"{k} = {json.dumps(v)}" for k, v in model.items())])
+
+
+def curve(run: Path, field: str) -> dict[int, float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines]
+    return {record["step"]: record[field] for record in records if field in record}
+
+
+def check_equal(run: Path, expected: Trainer) -> None:
+    """The same losses, scores and weights, each record written once.
+
+    Muon's Newton-Schulz steps are in bf16: summed by shares they round differently.
+    """
+    within = 1e-3 if expected.recipe.optimizer == "muon" else 1e-4
+    for field in ("train_nats", "valid_nats", "bits_per_byte", "grad_norm"):
+        wanted, found = curve(expected.run, field), curve(run, field)
+        assert list(found) == list(wanted)
+        np.testing.assert_allclose(list(found.values()), list(wanted.values()), atol=within)
+    assert (run / "metrics.jsonl").read_text().count("\n") == len(expected.metrics.records)
+    tensors = load_hf(find_checkpoint(run)).tensors
+    for name, value in weights(expected).items():
+        assert np.linalg.norm(tensors[name] - value) < 50 * within * np.linalg.norm(value)
+
+
+@pytest.mark.parametrize(
+    "n, parallel, optimizer",
+    [(2, "ddp", "muon"), (2, "fsdp", "muon"), (4, "ddp", "adamw"), (4, "fsdp", "adamw")],
+)
+def test_several_processes_learn_what_one_does(
+    n: int, parallel: str, optimizer: str, tokens: Path, tmp_path: Path, alone: dict[str, Trainer]
+) -> None:
+    said = torchrun(n, RECIPE, tokens, tmp_path / "run", parallel=parallel, optimizer=optimizer)
+    assert f"{n} × cpu ({parallel})" in said
+    assert said.count("parameters on") == 1
+    check_equal(tmp_path / "run", alone[optimizer])
+    assert (tmp_path / "run" / "samples.txt").read_text().count("step 40\n") == 1
+
+
+def test_a_checkpoint_of_four_goes_on_in_two_and_in_one(
+    tokens: Path, tmp_path: Path, alone: dict[str, Trainer]
+) -> None:
+    run = tmp_path / "run"
+    first = dataclasses.replace(RECIPE, parallel="fsdp")
+    stop_at(13, 4, first, tokens, run)
+    stop_at(27, 2, first, tokens, run)
+    assert find_checkpoint(run).name == "step-00000027"
+    Trainer(RECIPE, tokens, run).train()
+    check_equal(run, alone["muon"])
+
+
+def stop_at(step: int, n: int, recipe: Recipe, data: Path, run: Path) -> None:
+    """Train in ``n`` processes, of which the last gets a signal after ``step`` steps."""
+    script = run.with_suffix(f".{step}.py")
+    script.write_text(
+        "import os, signal, sys\n"
+        "from tinyllama.train import distributed, trainer\n"
+        "from tinyllama.train.recipe import load_recipe\n"
+        "trainer = trainer.Trainer(load_recipe(sys.argv[1]), sys.argv[2], sys.argv[3])\n"
+        "one_step = trainer.step\n"
+        "def step():\n"
+        "    nats = one_step()\n"
+        f"    if trainer.state.step == {step} and trainer.ranks.rank == trainer.ranks.count - 1:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return nats\n"
+        "trainer.step = step\n"
+        "trainer.train()\n"
+        "distributed.leave()\n"
+    )
+    config = run.with_suffix(".toml")
+    config.write_text(as_toml(recipe))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(n), str(script), str(config), str(data), str(run)]
+    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_the_ranks_share_every_window_once() -> None:
+    def share(count: int, rank: int, n: int) -> range:
+        ranks = Ranks(torch.device("cpu"))
+        ranks.count, ranks.rank = count, rank
+        return ranks.share(n)
+
+    for count in (1, 2, 3, 6):
+        shares = [share(count, rank, 12) for rank in range(count)]
+        assert [window for one in shares for window in one] == list(range(12))
+        assert len({len(one) for one in shares}) == 1
+    with pytest.raises(ConfigError, match="is 12, which 5 processes cannot share evenly"):
+        share(5, 0, 12)
+
+
+def test_no_two_ranks_or_steps_drop_the_same() -> None:
+    ranks = Ranks(torch.device("cpu"))
+    seeds = set()
+    for rank in range(4):
+        ranks.rank = rank
+        seeds |= {ranks.seed(seed, step) for seed in range(5) for step in range(100)}
+    assert len(seeds) == 2000
+
+
+def test_a_share_is_read_in_passes_of_the_batch_size(tokens: Path, tmp_path: Path) -> None:
+    """5 windows in passes of 2, 2 and 1 give the gradients of 5 at once."""
+    trainers = []
+    for name, sizes in (("parts", {"batch_size": 5}), ("whole", {"batch_size": 5})):
+        recipe = dataclasses.replace(RECIPE, grad_accum=1, **sizes)
+        trainers.append(Trainer(recipe, tokens, tmp_path / name))
+    trainers[0].recipe = dataclasses.replace(trainers[0].recipe, batch_size=2)
+    seen = []
+    loss = trainers[0].loss
+    trainers[0].loss = lambda x, y: (seen.append(len(x)), loss(x, y))[1]
+    losses = [trainer.step() for trainer in trainers]
+    assert seen == [2, 2, 1]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-6)
+    for a, b in zip(weights(trainers[0]).values(), weights(trainers[1]).values(), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_recomputed_activations_change_no_bit(tokens: Path, tmp_path: Path) -> None:
+    runs = []
+    for recompute in (False, True):
+        recipe = dataclasses.replace(
+            RECIPE, dropout=0.2, activation_checkpointing=recompute, grad_accum=1
+        )
+        trainer = Trainer(recipe, tokens, tmp_path / str(recompute))
+        trainer.step()
+        trainer.step()
+        runs.append(weights(trainer))
+    assert same(*runs)
+
+
+def test_recomputing_keeps_less(tokens: Path) -> None:
+    """Counted: the numbers autograd keeps for a backward pass."""
+    kept = []
+    for recompute in (False, True):
+        model = Llama(RECIPE.model, 0.0, recompute)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, sizes=sizes: (sizes.append(x.numel()), x)[1], lambda x: x
+        ):
+            model(torch.zeros(2, 16, dtype=torch.long)).sum()
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 2
