@@ -157,6 +157,20 @@ def test_bad_input_is_named(tmp_path, name, content, message):
         texts(path)
 
 
+def test_sources_are_named_and_follow_one_another(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a", "b", "c", "d", "n=1"):
+        Path(f"{name}.txt").write_text(name)
+    documents = Documents(["one=a.txt", "two=b.txt", "one=[ca].txt", "d.txt", "./n=1.txt"])
+    seen = [(documents.source, text) for _, text in documents]
+    assert seen == [("one", "a"), ("one", "c"), ("two", "b"), ("text", "d"), ("text", "n=1")]
+    assert texts(Path("n=1.txt")) == ["n=1"]
+    with pytest.raises(ArgumentError, match=r"a\.txt is in two sources, one and text"):
+        Documents(["one=a.txt", "*.txt"])
+    with pytest.raises(FileNotFoundError, match=r"1\.txt: no such file"):
+        Documents("n=1.txt")
+
+
 def test_inputs_that_name_nothing(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         Documents(tmp_path / "nowhere.txt")
@@ -219,21 +233,24 @@ def test_check_finds_everything_and_repair_mends_it(tmp_path):
     path.write_bytes(as_text(stories) + b"\n<|endoftext|>\nbad \x93bytes\x94\n")
 
     report = check(path, repair=mended, max_bytes=100)
-    counts = {key: finding.count for key, finding in report.findings.items()}
+    total, kept = report.total, report.total.kept
+    counts = {key: finding.count for key, finding in total.findings.items()}
     assert counts == {
         "damaged": 1, "invalid": 1, "lost": 1, "duplicates": 1, "empty": 1, "over_long": 1,
     }  # fmt: skip
-    assert report.documents == 7
-    assert "line 3" in report.findings["damaged"].examples[0]
-    assert "“Yes" in report.findings["damaged"].examples[0]
+    assert total.documents == 7
+    assert "line 3" in total.findings["damaged"].examples[0]
+    assert "“Yes" in total.findings["damaged"].examples[0]
 
     result = texts(mended)
     assert result[:3] == ["Sound.", quote, "Lost \ufffd."]
     assert result[-1] == "bad “bytes”"
-    assert len(result) == report.written_documents
-    assert report.written_bytes == sum(len(text.encode()) for text in result)
+    assert len(result) == kept.documents
+    assert kept.bytes == sum(len(text.encode()) for text in result)
     assert len(result[3:-1]) > 1 and set("\n\n".join(result[3:-1]).split("\n\n")) == {"Long story."}
-    again = {key: finding.count for key, finding in check(mended, max_bytes=100).findings.items()}
+    again = {
+        key: finding.count for key, finding in check(mended, max_bytes=100).total.findings.items()
+    }
     assert again == dict.fromkeys(counts, 0) | {"lost": 1, "duplicates": again["duplicates"]}
 
 
@@ -261,8 +278,8 @@ def test_a_place_that_cannot_be_written_is_named_before_anything_is_read(tmp_pat
 
 def test_the_real_stories(shared: Path):
     pytest.importorskip("ftfy")
-    findings = check(shared / "data/tinystories/train.txt").findings
+    findings = check(shared / "data/tinystories/train.txt").total.findings
     assert findings["damaged"].count == 76
     assert findings["invalid"].count == findings["lost"].count == 0
     for name, damaged in (("tinystories/valid.txt", 2), ("books_en/storybooks.txt", 0)):
-        assert check(shared / "data" / name).findings["damaged"].count == damaged
+        assert check(shared / "data" / name).total.findings["damaged"].count == damaged

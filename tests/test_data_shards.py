@@ -176,6 +176,51 @@ def test_validation_text_can_be_named(tmp_path, model):
     assert documents_in(tmp_path / "o", "valid") == expected
 
 
+def test_named_validation_text_is_not_trained_on(tmp_path, model):
+    stories = write_stories(tmp_path / "a.txt")
+    held_out = [stories[5], "  " + stories[250].replace(" ", "\n"), "only here"]
+    (tmp_path / "held_out.txt").write_text("\n<|endoftext|>\n".join(held_out), encoding="utf-8")
+    for n in (1, 2):
+        out = tmp_path / f"o{n}"
+        manifest = prepare(
+            tmp_path / "a.txt", model, out, valid=tmp_path / "held_out.txt", n_workers=n
+        )
+        assert manifest["left_out"] == 2
+        assert manifest["splits"]["train"]["documents"] == 298
+        assert manifest["splits"]["valid"]["documents"] == 3
+        processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+        expected = [processor.encode(s) for i, s in enumerate(stories) if i not in (5, 250)]
+        assert documents_in(out, "train") == expected
+
+
+def test_sources_lie_one_after_another_and_are_counted(tmp_path, model):
+    stories = {
+        name: write_stories(tmp_path / f"{name}.txt", 100, i) for i, name in enumerate("abc")
+    }
+    inputs = [
+        f"{name}={tmp_path / file}.txt" for name, file in (("x", "a"), ("y", "b"), ("x", "c"))
+    ]
+    out = tmp_path / "out"
+    splits = prepare(inputs, model, out, valid_fraction=0.2, n_workers=2)["splits"]
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for side in ("train", "valid"):
+        expected, counts = [], []
+        for name, texts in (("x", stories["a"] + stories["c"]), ("y", stories["b"])):
+            texts = [t for t in texts if shards.is_validation(t, 0.2, 0) == (side == "valid")]
+            encoded = [processor.encode(text) for text in texts]
+            expected += encoded
+            counts.append(
+                {
+                    "name": name,
+                    "documents": len(texts),
+                    "tokens": sum(len(tokens) + 2 for tokens in encoded),
+                    "bytes": sum(len(text.encode()) for text in texts),
+                }
+            )
+        assert documents_in(out, side) == expected
+        assert splits[side]["sources"] == counts
+
+
 def test_more_than_65535_tokens_need_four_bytes(tmp_path):
     extra = tuple(f"word{i}" for i in range(65_536 - 3))
     vocabulary = Vocabulary(
@@ -191,7 +236,9 @@ def test_more_than_65535_tokens_need_four_bytes(tmp_path):
     (tmp_path / "a.txt").write_text("猫", encoding="utf-8")
     manifest = prepare(tmp_path / "a.txt", tmp_path, tmp_path / "out", valid_fraction=0)
     assert manifest["dtype"] == "uint32"
-    assert manifest["splits"]["valid"] == {"documents": 0, "tokens": 0, "bytes": 0, "shards": []}
+    assert manifest["splits"]["valid"] == {
+        "documents": 0, "tokens": 0, "bytes": 0, "sources": [], "shards": [],
+    }  # fmt: skip
     assert np.fromfile(tmp_path / "out/train-00000.bin", "<u4").tolist() == [1, 65534, 65535, 2]
 
 

@@ -156,6 +156,18 @@ def test_every_epoch_sees_every_document_in_an_order_of_its_own(tokens: Path) ->
     assert not np.array_equal(other.batch(0, 3), epochs[0][:3])
 
 
+def test_the_recipe_mixes_training_text_and_nothing_else(tokens: Path, tmp_path: Path) -> None:
+    plain = Trainer(RECIPE, tokens, tmp_path / "plain")
+    recipe = dataclasses.replace(RECIPE, weights={"text": 2.5}, steps=1)
+    trainer = Trainer(recipe, tokens, tmp_path / "run")
+    assert trainer.windows.n_documents == 2.5 * plain.windows.n_documents
+    assert trainer.valid is not None and plain.valid is not None
+    assert len(trainer.valid) == len(plain.valid)
+    trainer.train()
+    with pytest.raises(ConfigError, match=r"weights was \{'text': 2\.5\}, now \{\}"):
+        Trainer(dataclasses.replace(recipe, weights={}), tokens, tmp_path / "run")
+
+
 def test_bits_per_byte_scores_every_document_alone_from_bos(tokens: Path) -> None:
     torch.manual_seed(0)
     split = TokenFolder(tokens).split("valid")

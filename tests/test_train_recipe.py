@@ -81,6 +81,21 @@ def test_a_size_that_is_none_is_refused(text: str) -> None:
         parse_size(text)
 
 
+def test_weights_are_a_section(tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(SMALL + "[weights]\nstories = 3\nold-books = 0.5\n")
+    recipe = load_recipe(tmp_path / "a.toml", ["weights.old-books=2"])
+    assert recipe.weights == {"stories": 3, "old-books": 2}
+    assert recipe_from_dict(recipe.to_dict()) == recipe
+    for setting, message in (
+        ("weights=3", "weights is 3; it must be a section of numbers"),
+        ("weights.stories=many", "weights.stories is 'many'; it must be a number"),
+        ("weights.stories=-1", r"weights.stories is -1; it must be in \[0, 1000\]"),
+        ("weights.stories=nan", "weights.stories is nan; it must be in"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_recipe(tmp_path / "a.toml", [setting])
+
+
 def test_epochs_become_steps() -> None:
     recipe = load_preset("stories-zh-93m")
     assert recipe.for_windows(1000).steps == 125

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
 from ..data.documents import SEPARATOR
+from ..errors import ArgumentError
+from ..files import check_place
+
+if TYPE_CHECKING:
+    from ..data.checking import Report
 
 INPUTS = """\
 Inputs are files, folders or globs: .txt (documents end at a line <|endoftext|>; without one
 the file is one document), .jsonl, .json (a list of objects), .csv, .tsv and .parquet, each also
 with .gz or .zst. Of folders and globs only these are read; a file named in full that ends in
 something else is read as .txt. In records the text is --field, or else story, text or content.
+
+hf:OWNER/NAME is a data set of the Hugging Face Hub, streamed (extra data); config, split (train
+unless named) and revision follow after commas: hf:roneneldan/TinyStories,split=validation. In
+place of OWNER/NAME may stand a folder that the package datasets reads.
+
+NAME=INPUT gives a source a name, and several inputs may share one; without it, it is "text".
+A path that begins like that is written ./NAME=…
 """
 
 
@@ -30,7 +43,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """INPUT…, --field and --separator, the same wherever text is read."""
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a file, folder or glob")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="a file, folder, glob or hf:…")
     parser.add_argument("--field", help="the field of each record that holds the text")
     parser.add_argument(
         "--separator",
@@ -42,14 +55,33 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 def _register_check(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = verbs.add_parser(
         "check",
-        help="report damaged encoding, duplicates, empty and over-long documents",
-        description="Look through text for damaged encoding (â€œ for “), duplicates, empty and\n"
-        "over-long documents; with --repair, write the mended text.\n\n" + INPUTS,
-        epilog="example:\n  tinyllama data check stories.txt --repair clean.txt",
+        help="count text, report damaged encoding, duplicates, empty and over-long documents",
+        description="Count text, and look through it for damaged encoding (â€œ for “),\n"
+        "duplicates, empty and over-long documents; with --repair, write the mended text.\n"
+        "Of two documents that are alike, the first stays.\n\n" + INPUTS,
+        epilog="examples:\n  tinyllama data check stories.txt --repair clean.txt\n"
+        "  tinyllama data check held_out=valid.txt stories=train.txt --near 0.8 --repair clean\n"
+        "  tinyllama data check clean.txt --tokenizer tok.model --report text.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_input_arguments(parser)
-    parser.add_argument("--repair", metavar="OUT", help="write the mended text to this .txt file")
+    parser.add_argument(
+        "--repair",
+        metavar="OUT",
+        help="write the mended text to this .txt file, or each source's to a .txt file of its name"
+        " in this new folder",
+    )
+    parser.add_argument(
+        "--near",
+        type=float,
+        metavar="J",
+        help="look for near duplicates: of the runs of five words in two documents, they share"
+        " this part or more, 0.5 to 1 (extra data)",
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="T", help="count tokens: a .model file, or a folder with one"
+    )
+    parser.add_argument("--report", metavar="FILE.html", help="write the report as a page too")
     parser.add_argument(
         "--max-bytes",
         type=int,
@@ -65,8 +97,11 @@ def _register_prepare(verbs: argparse._SubParsersAction[argparse.ArgumentParser]
         help="turn text into the token shards that training reads",
         description="Encode documents into memory-mapped token shards, each between begin and end\n"
         "of document, with a manifest and a validation split. A run that was stopped\n"
-        "goes on where it was when started again.\n\n" + INPUTS,
-        epilog="example:\n  tinyllama data prepare clean.txt --tokenizer tok.model --out tokens",
+        "goes on where it was when started again. Training mixes the sources by weight:\n"
+        "tinyllama train … --set weights.NAME=3 (see its --help).\n\n" + INPUTS,
+        epilog="examples:\n  tinyllama data prepare clean.txt --tokenizer tok.model --out tokens\n"
+        "  tinyllama data prepare stories=clean.txt books=books/ books=hf:owner/books \\\n"
+        "      --valid held_out.txt --tokenizer tok.model --out tokens",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_input_arguments(parser)
@@ -79,7 +114,8 @@ def _register_prepare(verbs: argparse._SubParsersAction[argparse.ArgumentParser]
         "--valid",
         action="append",
         metavar="INPUT",
-        help="text to validate on, instead of a share of the inputs (may be repeated)",
+        help="text to validate on, instead of a share of the inputs (may be repeated); documents"
+        " that it has too are not trained on",
     )
     held_out.add_argument(
         "--valid-fraction",
@@ -96,27 +132,58 @@ def _register_prepare(verbs: argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 def run_check(args: argparse.Namespace) -> None:
-    from ..data.mending import FINDINGS, check
+    from ..data.checking import check
 
+    if args.report:
+        if not args.report.endswith(".html"):
+            raise ArgumentError(f"--report is {args.report!r}: the name of a page ends in .html")
+        check_place(args.report)
     report = check(
         args.inputs,
         repair=args.repair,
+        near=args.near,
+        tokenizer=args.tokenizer,
         max_bytes=args.max_bytes,
         field=args.field,
         separator=args.separator,
+        progress=True,
     )
-    print(f"{report.documents:,} documents, {report.bytes:,} bytes")
-    for key, (title, action) in FINDINGS.items():
-        finding = report.findings[key]
-        done = f"  ({action})" if args.repair and finding.count else ""
+    _print_report(report, repaired=bool(args.repair))
+    if args.repair:
+        print(f"wrote {args.repair}")
+    if args.report:
+        from ..data.page import report_page
+
+        report_page(report).write(args.report)
+        print(f"wrote {args.report}")
+
+
+def _print_report(report: Report, repaired: bool) -> None:
+    from ..data.checking import FINDINGS
+
+    total = report.total
+    for name, source in {**report.sources, "all": total}.items():
+        if name == "all" and len(report.sources) == 1:
+            continue
+        kept = source.kept
+        print(
+            f"{name}: {source.documents:,} documents, {source.bytes:,} bytes;"
+            f" sound {kept.documents:,}, {kept.bytes:,} bytes, {kept.characters:,} characters"
+        )
+        if report.tokenizer and kept.tokens:
+            print(
+                f"{'':11}{kept.tokens:,} tokens, {kept.bytes / kept.tokens:.3f} bytes per token;"
+                f" {kept.unknown:,} unknown, {kept.byte_tokens / kept.tokens:.3%} single bytes"
+            )
+    shares = {"shortest": 0.0, "half up to": 0.5, "95 % up to": 0.95, "longest": 1.0}
+    lengths = (f"{name} {total.kept.length(share):,}" for name, share in shares.items())
+    print(f"bytes of a document: {', '.join(lengths)}")
+    for key, finding in total.findings.items():
+        title, action = FINDINGS[key]
+        done = f"  ({action})" if repaired and finding.count else ""
         print(f"{finding.count:>9,}  {title}{done}")
         for example in finding.examples:
             print(f"{'':11}{example}")
-    if args.repair:
-        print(
-            f"wrote {args.repair}: {report.written_documents:,} documents,"
-            f" {report.written_bytes:,} bytes"
-        )
 
 
 def run_prepare(args: argparse.Namespace) -> None:
@@ -135,7 +202,12 @@ def run_prepare(args: argparse.Namespace) -> None:
         progress=True,
     )
     for name, split in manifest["splits"].items():
-        documents, tokens, n_bytes = split["documents"], split["tokens"], split["bytes"]
-        rate = f", {n_bytes / tokens:.2f} bytes per token" if tokens else ""
-        print(f"{name}: {documents:,} documents, {tokens:,} tokens{rate}")
+        sources = split["sources"] if len(split["sources"]) > 1 else []
+        for count in (split, *sources):
+            title = f"  {count['name']}" if "name" in count else name
+            tokens = count["tokens"]
+            rate = f", {count['bytes'] / tokens:.2f} bytes per token" if tokens else ""
+            print(f"{title}: {count['documents']:,} documents, {tokens:,} tokens{rate}")
+    if manifest["left_out"]:
+        print(f"left out of train: {manifest['left_out']:,} documents that valid has")
     print(f"wrote {args.out}")

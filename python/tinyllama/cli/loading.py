@@ -33,13 +33,13 @@ def open_model(path: str | None, args: argparse.Namespace) -> Model:
     )
 
 
-def progress_bar(total: int, what: str, **options: Any) -> Any:
+def progress_bar(total: int | None, what: str, **options: Any) -> Any:
     """A bar on stderr where that is a terminal; None without tqdm, which only the bar needs."""
     if not sys.stderr.isatty():
         return None
     try:
         from tqdm import tqdm
     except ImportError:
-        print(f"{what}: {total:,} …", file=sys.stderr)
+        print(f"{what} …", file=sys.stderr)
         return None
     return tqdm(total=total, desc=what, leave=False, **options)

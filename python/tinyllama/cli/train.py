@@ -9,12 +9,17 @@ A recipe is a preset, a TOML file, or chosen for a --size; --set changes single 
 is a folder made by `tinyllama data prepare`. Below RUN come checkpoints (Hugging Face directories
 step-…, the last two and the best kept), metrics.jsonl, samples.txt and loss.png.
 
+Where DATA has several sources, weights mix them: --set weights.NAME=3 sees each of its documents
+three times in an epoch, 0.5 half of them, 0 none; 1 is the default. Validation text is never
+weighted.
+
 Ctrl-C saves and stops; the same command then goes on exactly where it was.
 
 examples:
   tinyllama train --preset stories1m --data tokens --out run
   tinyllama train --size 3M --data tokens --out run
   tinyllama train --preset stories15m --set batch_size=32 --data tokens --out run
+  tinyllama train --size 3M --set weights.stories=3 --data tokens --out run
   tinyllama train --config my.toml --data tokens --out run
   tinyllama train --resume --data tokens --out run
 

@@ -1,7 +1,7 @@
 """From text to token shards: reading documents, checking and mending them, encoding them."""
 
+from .checking import Report, check
 from .documents import SEPARATOR, Documents
-from .mending import Report, check
 from .shards import prepare
 
 __all__ = ["SEPARATOR", "Documents", "Report", "check", "prepare"]

@@ -1,4 +1,4 @@
-"""Documents out of files: text, JSONL, JSON, CSV and Parquet, plain or compressed."""
+"""Documents out of files (text, JSONL, JSON, CSV, Parquet) and out of data sets of a hub."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import ArgumentError, FormatError, MissingExtraError
+from .hub import PREFIX, HubDataset
 
 SEPARATOR = "<|endoftext|>"
 AUTO_FIELDS = ("story", "text", "content")
+DEFAULT_SOURCE = "text"
 
 PathLike = str | os.PathLike[str]
 
 
 class Documents:
-    """The documents of files, folders and globs, in order: an iterable of (where, text).
+    """The documents of files, folders, globs and data sets, in order: an iterable of (where, text).
 
     ``where`` names the file and the line or record, for messages; ``text`` has no white space
     at its ends and may be empty. What a document is:
@@ -32,16 +35,21 @@ class Documents:
       So is a file read whose name, given in full, ends in something unknown here.
     - ``.jsonl``, ``.json`` (a list of objects or of strings), ``.csv``/``.tsv`` (with a header)
       and ``.parquet``: the value of ``field`` in each record; without ``field``, the first of
-      story, text and content that a record has.
+      story, text and content that a record has. So in a data set, ``hf:…`` (see ``HubDataset``).
 
-    Each may end in ``.gz`` or ``.zst`` as well. A folder stands for all such files in it and
+    Each file may end in ``.gz`` or ``.zst`` as well. A folder stands for all such files in it and
     below, sorted, a glob for those that it matches; a file named twice is read once. Memory holds
     one document at a time, but for ``.json``, which cannot be read in parts.
 
+    An input that is a string may begin with ``NAME=``, letters, digits, ``_`` and ``-``: inputs of
+    one name are a source, those without a name the source "text". Sources come one after another;
+    ``source`` is the name of the one being read. No file may be in two.
+
     ``replace_invalid``: bytes that are not UTF-8 are taken as Windows-1252, and the callable is
     told (where, offset); without it they are a FormatError, like every damaged file, missing
-    field or value that is not text. The constructor raises OSError for missing files and
-    ArgumentError for inputs that name no readable file.
+    field or value that is not text. ``progress`` is the title of a progress bar, "" for none. The
+    constructor raises OSError for missing files and data sets, ArgumentError for inputs that name
+    no readable file.
     """
 
     def __init__(
@@ -51,35 +59,79 @@ class Documents:
         field: str | None = None,
         separator: str = SEPARATOR,
         replace_invalid: Callable[[str, int], None] | None = None,
+        progress: str = "",
     ) -> None:
-        self.paths = find_files(inputs)
+        self.sources = find_sources(inputs)
+        self.source = ""
         self.field = field
         self.separator = separator
         self.replace_invalid = replace_invalid
-        #: bytes on disk in all files, and how many of them have been read: for progress bars
-        self.size = sum(path.stat().st_size for path in self.paths)
+        self.progress = progress
+        items = [item for items in self.sources.values() for item in items]
+        #: the local files among the inputs
+        self.paths = [item for item in items if isinstance(item, Path)]
+        #: bytes on disk in all files, and how many of them have been read: for progress bars.
+        #: Of a data set only the text counts, as it comes: with one, the size is not known.
+        self.size = sum(p.stat().st_size for p in self.paths) if self.paths == items else None
         self._finished = 0
         self._raw: io.BufferedReader | None = None
+        for item in items:
+            if isinstance(item, HubDataset):
+                item.open()
 
     @property
     def position(self) -> int:
         return self._finished + (self._raw.tell() if self._raw else 0)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
+        if not self.progress:
+            yield from self._read_all()
+            return
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            raise MissingExtraError("tqdm", "train") from None
+        with tqdm(
+            total=self.size, desc=self.progress, unit="B", unit_scale=True, disable=None
+        ) as bar:
+            for document in self._read_all():
+                yield document
+                bar.update(self.position - bar.n)
+            bar.update(self.position - bar.n)
+
+    def _read_all(self) -> Iterator[tuple[str, str]]:
         self._finished = 0
-        for path in self.paths:
-            with open(path, "rb") as raw:
-                self._raw = raw
-                try:
-                    for record, text in self._read(path, raw):
-                        yield f"{path}: {record}", text.strip()
-                except (EOFError, zlib.error, OSError) as error:
-                    if isinstance(error, OSError) and error.errno is not None:
-                        raise
-                    raise FormatError(f"{path}: damaged compressed data: {error}") from None
-                finally:
-                    self._raw = None
-            self._finished += path.stat().st_size
+        for source, items in self.sources.items():
+            self.source = source
+            for item in items:
+                if isinstance(item, HubDataset):
+                    documents = self._read_hub(item)
+                else:
+                    documents = self._read_file(item)
+                for record, text in documents:
+                    yield f"{item}: {record}", text.strip()
+
+    def _read_hub(self, hub: HubDataset) -> Iterator[tuple[str, str]]:
+        column = self.field
+        if hub.columns is not None:
+            column = _choose(hub.columns, self.field, str(hub))
+        for number, record in enumerate(hub.records(column), 1):
+            text = _text_of(record, column, f"{hub}: record {number}")
+            self._finished += len(text.encode())
+            yield f"record {number}", text
+
+    def _read_file(self, path: Path) -> Iterator[tuple[str, str]]:
+        with open(path, "rb") as raw:
+            self._raw = raw
+            try:
+                yield from self._read(path, raw)
+            except (EOFError, zlib.error, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                raise FormatError(f"{path}: damaged compressed data: {error}") from None
+            finally:
+                self._raw = None
+        self._finished += path.stat().st_size
 
     def _read(self, path: Path, raw: io.BufferedReader) -> Iterator[tuple[str, str]]:
         kind, compression = _kind(path)
@@ -123,30 +175,49 @@ def _kind(path: Path) -> tuple[str | None, str | None]:
     return KINDS.get(suffixes[-1]) if suffixes else None, compression
 
 
-def find_files(inputs: PathLike | Iterable[PathLike]) -> list[Path]:
-    """The files that ``inputs`` (files, folders, globs) stand for, in order, each once."""
+NAMED = re.compile("([A-Za-z0-9_-]+)=(.+)")
+
+
+def find_sources(
+    inputs: PathLike | Iterable[PathLike],
+) -> dict[str, list[Path | HubDataset]]:
+    """What ``inputs`` stand for: for each source, by name, its files and data sets, in order."""
     if isinstance(inputs, (str, os.PathLike)):
         inputs = [inputs]
-    found: dict[Path, None] = {}
-    for path in map(Path, inputs):
-        name = str(path)
-        if path.is_dir():
-            files = sorted(file for file in path.rglob("[!.]*") if _is_known_file(file))
-            if not files:
-                raise ArgumentError(f"{name}: the folder holds no {', '.join(KINDS)} file")
-        elif path.exists():
-            files = [path]
-        elif glob.has_magic(name):
-            files = [Path(match) for match in sorted(glob.glob(name, recursive=True))]
-            files = [file for file in files if _is_known_file(file)]
-            if not files:
-                raise FileNotFoundError(f"{name}: no file matches that ends in {', '.join(KINDS)}")
-        else:
-            raise FileNotFoundError(f"{name}: no such file or folder")
-        found.update(dict.fromkeys(files))
-    if not found:
+    sources: dict[str, list[Path | HubDataset]] = {}
+    source_of: dict[str, str] = {}
+    for given in inputs:
+        named = NAMED.fullmatch(given) if isinstance(given, str) else None
+        source, place = (named[1], named[2]) if named else (DEFAULT_SOURCE, given)
+        is_hub = isinstance(place, str) and place.startswith(PREFIX)
+        for item in [HubDataset(str(place))] if is_hub else find_files(Path(place)):
+            before = source_of.get(str(item))
+            if before is None:
+                source_of[str(item)] = source
+                sources.setdefault(source, []).append(item)
+            elif before != source:
+                raise ArgumentError(f"{item} is in two sources, {before} and {source}")
+    if not sources:
         raise ArgumentError("no input was named")
-    return list(found)
+    return sources
+
+
+def find_files(path: Path) -> list[Path]:
+    """The files that a file, a folder or a glob stands for, in order."""
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("[!.]*") if _is_known_file(file))
+        if not files:
+            raise ArgumentError(f"{path}: the folder holds no {', '.join(KINDS)} file")
+        return files
+    if path.exists():
+        return [path]
+    if not glob.has_magic(str(path)):
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
+    files = [file for file in files if _is_known_file(file)]
+    if not files:
+        raise FileNotFoundError(f"{path}: no file matches that ends in {', '.join(KINDS)}")
+    return files
 
 
 def _is_known_file(path: Path) -> bool:

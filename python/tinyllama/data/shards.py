@@ -19,13 +19,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import ArgumentError, FormatError, MissingExtraError, TinyllamaError
+from ..errors import ArgumentError, FormatError, TinyllamaError
 from ..files import whole_file
 from ..formats.sentencepiece import open_processor, read_sentencepiece
 from .documents import SEPARATOR, Documents, PathLike
@@ -53,7 +54,7 @@ class Encoding:
 
 @dataclass
 class Count:
-    """How much a split, a shard or a unit holds: documents, tokens, and bytes of their text."""
+    """How much a split, a source, a shard or a unit holds; bytes are those of the text."""
 
     documents: int = 0
     tokens: int = 0
@@ -63,6 +64,22 @@ class Count:
         self.documents += other.documents
         self.tokens += other.tokens
         self.bytes += other.bytes
+
+
+class Unit(NamedTuple):
+    """Texts of one source that are encoded together, and the split they are for."""
+
+    split: str
+    source: str
+    texts: list[str]
+
+
+class Encoded(NamedTuple):
+    """A unit on disk: its name there, its source, and what it adds to each split."""
+
+    name: str
+    source: str
+    counts: dict[str, Count]
 
 
 def prepare(
@@ -80,17 +97,18 @@ def prepare(
 ) -> dict[str, Any]:
     """Encode the documents of ``inputs`` into memory-mapped token shards in the folder ``out``.
 
-    ``inputs``: files, folders or globs, as ``Documents`` reads them. ``tokenizer``: a
-    SentencePiece ``.model`` file, or a folder that holds ``tokenizer.model``. A document is in
-    the validation split when a hash of its text and ``seed`` falls below ``valid_fraction``: its
-    split never depends on its place, and equal documents (white space aside) share one. With
-    ``valid``, all documents of those inputs are the validation split, and no others. Empty
-    documents are left out.
+    ``inputs``: what ``Documents`` reads; the manifest tells how much came of each source, and
+    training may weight them. ``tokenizer``: a SentencePiece ``.model`` file, or a folder that holds
+    ``tokenizer.model``. A document is in the validation split when a hash of its text and ``seed``
+    falls below ``valid_fraction``: its split never depends on its place, and equal documents (white
+    space aside) share one. With ``valid``, all documents of those inputs are the validation split,
+    and no others; where they are among ``inputs`` too, they are left out there (the manifest's
+    ``left_out``). Empty documents are left out.
 
     Shards ``train-00000.bin``, ``valid-00000.bin``, … are little-endian uint16 (uint32 for more
-    than 65,535 tokens), each document wrapped in BOS … EOS. The bytes do not depend on
-    ``n_workers``; with more than one, call this under ``if __name__ == "__main__"``. A killed run
-    that is started again goes on where it was.
+    than 65,535 tokens), each document wrapped in BOS … EOS, the sources one after another. The
+    bytes do not depend on ``n_workers``; with more than one, call this under ``if __name__ ==
+    "__main__"``. A killed run that is started again goes on where it was.
 
     Returns the manifest that ``out/manifest.json`` holds. Raises ArgumentError for a split left
     without documents and values out of range, FormatError for unreadable text or tokenizers,
@@ -102,20 +120,24 @@ def prepare(
         raise ArgumentError(f"n_workers is {n_workers}, expected at least 1")
     out = Path(out)
     encoding = _encoding(tokenizer, 0.0 if valid is not None else valid_fraction, seed)
-    sources = [("train", Documents(inputs, field=field, separator=separator))]
-    if valid is not None:
-        sources.append(("valid", Documents(valid, field=field, separator=separator)))
+    splits = {"train": Documents(inputs, field=field, separator=separator)}
+    if valid is not None:  # first, so that its documents are known when the others are read
+        splits = {"valid": Documents(valid, field=field, separator=separator), **splits}
+    for split, documents in splits.items():
+        documents.progress = split if progress else ""
     parts = _open_folder(out)
+    left_out = Count()
     try:
-        names = _encode_sources(sources, encoding, parts, n_workers, progress)
-        counts = _counts(names, parts)
-        _check_splits(counts, valid is not None, valid_fraction)
+        named = _encode_all(_units(splits, left_out), encoding, parts, n_workers)
+        units = [Encoded(name, source, _counts(parts / name)) for name, source in named]
+        _check_splits(units, valid is not None, valid_fraction)
     except (ArgumentError, FormatError):  # bad input leaves nothing behind
         _remove(parts)
         raise
     for stale in (out / "manifest.json", *out.glob("*-[0-9]*.bin"), *out.glob(".*.part")):
         stale.unlink(missing_ok=True)
-    manifest = _manifest(encoding, names, counts, parts, out)
+    manifest = _manifest(encoding, units, parts, out)
+    manifest["left_out"] = left_out.documents
     with whole_file(out / "tokenizer.model") as file:
         file.write(encoding.model)
     with whole_file(out / "manifest.json") as file:
@@ -135,10 +157,13 @@ def is_validation(text: str, valid_fraction: float, seed: int) -> bool:
     return int.from_bytes(mixed[:8], "little") < valid_fraction * 2.0**64
 
 
+def tokenizer_file(path: PathLike) -> Path:
+    """The ``.model`` file that ``path`` names: itself, or ``tokenizer.model`` in the folder."""
+    return Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
+
+
 def _encoding(tokenizer: PathLike, valid_fraction: float, seed: int) -> Encoding:
-    path = Path(tokenizer)
-    if path.is_dir():
-        path = path / "tokenizer.model"
+    path = tokenizer_file(tokenizer)
     model = path.read_bytes()
     vocabulary = read_sentencepiece(model, source=str(path))
     for name in ("bos_id", "eos_id"):
@@ -168,63 +193,52 @@ def _remove(parts: Path) -> None:
         parts.parent.rmdir()
 
 
-def _encode_sources(
-    sources: list[tuple[str, Documents]],
-    encoding: Encoding,
-    parts: Path,
-    n_workers: int,
-    progress: bool,
-) -> list[str]:
-    names: list[str] = []
-    with _progress_bar(sources, progress) as bar:
-        done = 0
-        for split, documents in sources:
-            units = _units(documents)
-            for name in _encode_all(units, split, encoding, parts, n_workers):
-                names.append(name)
-                bar.update(done + documents.position - bar.n)
-            done += documents.size
-        bar.update(done - bar.n)
-    return names
-
-
-def _units(documents: Documents) -> Iterator[list[str]]:
-    unit: list[str] = []
-    size = 0
-    for _, text in documents:
-        if text:
-            unit.append(text)
-            size += len(text.encode())
-            if size >= UNIT_BYTES:
-                yield unit
-                unit, size = [], 0
-    if unit:
-        yield unit
+def _units(splits: dict[str, Documents], left_out: Count) -> Iterator[Unit]:
+    held_out: set[bytes] = set()
+    for split, documents in splits.items():
+        for source, group in groupby(documents, lambda _: documents.source):  # noqa: B023
+            texts: list[str] = []
+            size = 0
+            for _, text in group:
+                if not text:
+                    continue
+                if split == "valid":
+                    held_out.add(text_key(text))
+                elif held_out and text_key(text) in held_out:
+                    left_out.documents += 1
+                    continue
+                texts.append(text)
+                size += len(text.encode())
+                if size >= UNIT_BYTES:
+                    yield Unit(split, source, texts)
+                    texts, size = [], 0
+            if texts:
+                yield Unit(split, source, texts)
 
 
 def _encode_all(
-    units: Iterator[list[str]], split: str, encoding: Encoding, parts: Path, n_workers: int
-) -> Iterator[str]:
-    """Names of the units in order, each once it is on disk; few are in memory at a time."""
+    units: Iterator[Unit], encoding: Encoding, parts: Path, n_workers: int
+) -> Iterator[tuple[str, str]]:
+    """(name, source) of the units in order, each once it is on disk; few are in memory at once."""
     key = encoding.key()
-    named = ((_unit_name(unit, split, key), unit) for unit in units)
+    named = ((_unit_name(unit, key), unit) for unit in units)
     if n_workers == 1:
         _start_worker(encoding)
         for name, unit in named:
             if not (parts / f"{name}.json").exists():
-                _encode_unit(unit, split, parts / name)
-            yield name
+                _encode_unit(unit, parts / name)
+            yield name, unit.source
         return
     # Not forked: the caller may hold threads (torch's, OpenMP's) that do not survive a fork.
     with ProcessPoolExecutor(
         n_workers, get_context("spawn"), initializer=_start_process, initargs=(encoding,)
     ) as pool:
-        waiting: deque[tuple[str, Future[None] | None]] = deque()
+        waiting: deque[tuple[tuple[str, str], Future[None] | None]] = deque()
         try:
             for name, unit in named:
                 finished = (parts / f"{name}.json").exists()
-                job = None if finished else pool.submit(_encode_unit, unit, split, parts / name)
-                waiting.append((name, job))
+                job = None if finished else pool.submit(_encode_unit, unit, parts / name)
+                waiting.append(((name, unit.source), job))
                 while len(waiting) > 2 * n_workers:
                     yield _finished(waiting.popleft())
             while waiting:
@@ -235,8 +249,8 @@ def _encode_all(
                     job.cancel()
 
 
-def _finished(entry: tuple[str, Future[None] | None]) -> str:
-    name, job = entry
+def _finished(entry: tuple[tuple[str, str], Future[None] | None]) -> tuple[str, str]:
+    unit, job = entry
     if job:
         try:
             job.result()
@@ -245,12 +259,12 @@ def _finished(entry: tuple[str, Future[None] | None]) -> str:
                 "a worker process was killed, most likely for lack of memory:"
                 " try again with fewer workers; what is finished is kept"
             ) from None
-    return name
+    return unit
 
 
-def _unit_name(unit: list[str], split: str, key: bytes) -> str:
-    digest = hashlib.sha256(key + split.encode())
-    for text in unit:
+def _unit_name(unit: Unit, key: bytes) -> str:
+    digest = hashlib.sha256(key + unit.split.encode())
+    for text in unit.texts:
         data = text.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
@@ -278,16 +292,15 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_unit(unit: list[str], split: str, path: Path) -> None:
+def _encode_unit(unit: Unit, path: Path) -> None:
     """Write ``path``.train, ``path``.valid and, last, ``path``.json with what they hold."""
     processor, encoding = _worker
     counts = {name: Count() for name in SPLITS}
     pieces: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
-    for text in unit:
-        if split == "train" and is_validation(text, encoding.valid_fraction, encoding.seed):
+    for text in unit.texts:
+        side = unit.split
+        if side == "train" and is_validation(text, encoding.valid_fraction, encoding.seed):
             side = "valid"
-        else:
-            side = split
         tokens = [encoding.bos_id, *processor.encode(text), encoding.eos_id]
         pieces[side].append(np.array(tokens, np.dtype(encoding.dtype).newbyteorder("<")))
         counts[side].add(Count(1, len(tokens), len(text.encode())))
@@ -299,27 +312,25 @@ def _encode_unit(unit: list[str], split: str, path: Path) -> None:
         file.write(json.dumps({side: asdict(count) for side, count in counts.items()}).encode())
 
 
-def _counts(names: list[str], parts: Path) -> list[dict[str, Count]]:
-    units = (json.loads((parts / f"{name}.json").read_bytes()) for name in names)
-    return [{side: Count(**unit[side]) for side in SPLITS} for unit in units]
+def _counts(path: Path) -> dict[str, Count]:
+    unit = json.loads(path.with_suffix(".json").read_bytes())
+    return {side: Count(**unit[side]) for side in SPLITS}
 
 
-def _manifest(
-    encoding: Encoding,
-    names: list[str],
-    counts: list[dict[str, Count]],
-    parts: Path,
-    out: Path,
-) -> dict[str, Any]:
+def _manifest(encoding: Encoding, units: list[Encoded], parts: Path, out: Path) -> dict[str, Any]:
     splits: dict[str, Any] = {}
     for side in SPLITS:
         shards = []
-        for number, unit_range in enumerate(_shard_ranges(names, parts, side)):
+        for number, members in enumerate(_shards(units, parts, side)):
             shard = out / f"{side}-{number:05d}.bin"
-            sha256 = _join([parts / f"{names[index]}.{side}" for index in unit_range], shard)
-            count = _sum(counts[index][side] for index in unit_range)
-            shards.append({"file": shard.name, **asdict(count), "sha256": sha256})
-        splits[side] = {**asdict(_sum(unit[side] for unit in counts)), "shards": shards}
+            sha256 = _join([parts / f"{unit.name}.{side}" for unit in members], shard)
+            shards.append({"file": shard.name, **asdict(_sum(members, side)), "sha256": sha256})
+        sources = []
+        for name, of_source in groupby(units, lambda unit: unit.source):
+            count = _sum(of_source, side)
+            if count.documents:
+                sources.append({"name": name, **asdict(count)})
+        splits[side] = {**asdict(_sum(units, side)), "sources": sources, "shards": shards}
     vocabulary = read_sentencepiece(encoding.model)
     return {
         "format": "tinyllama-tokens",
@@ -336,14 +347,14 @@ def _manifest(
     }
 
 
-def _shard_ranges(names: list[str], parts: Path, side: str) -> Iterator[list[int]]:
+def _shards(units: list[Encoded], parts: Path, side: str) -> Iterator[list[Encoded]]:
     """Which units make up each shard: whole ones, in order, until it is large enough."""
-    gathered: list[int] = []
+    gathered: list[Encoded] = []
     size = 0
-    for index, name in enumerate(names):
-        n_bytes = (parts / f"{name}.{side}").stat().st_size
+    for unit in units:
+        n_bytes = (parts / f"{unit.name}.{side}").stat().st_size
         if n_bytes:
-            gathered.append(index)
+            gathered.append(unit)
             size += n_bytes
         if size >= SHARD_BYTES:
             yield gathered
@@ -362,15 +373,15 @@ def _join(files: Iterable[Path], shard: Path) -> str:
     return digest.hexdigest()
 
 
-def _sum(counts: Iterable[Count]) -> Count:
+def _sum(units: Iterable[Encoded], side: str) -> Count:
     total = Count()
-    for count in counts:
-        total.add(count)
+    for unit in units:
+        total.add(unit.counts[side])
     return total
 
 
-def _check_splits(counts: list[dict[str, Count]], named: bool, valid_fraction: float) -> None:
-    documents = {side: sum(unit[side].documents for unit in counts) for side in SPLITS}
+def _check_splits(units: list[Encoded], named: bool, valid_fraction: float) -> None:
+    documents = {side: _sum(units, side).documents for side in SPLITS}
     if not documents["train"]:
         raise ArgumentError("the inputs leave no document to train on")
     if not documents["valid"] and named:
@@ -380,17 +391,3 @@ def _check_splits(counts: list[dict[str, Count]], named: bool, valid_fraction: f
             f"valid_fraction {valid_fraction} leaves no validation document among"
             f" {documents['train']}: raise it, or name a validation file"
         )
-
-
-def _progress_bar(sources: list[tuple[str, Documents]], progress: bool) -> Any:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        raise MissingExtraError("tqdm", "train") from None
-    return tqdm(
-        total=sum(documents.size for _, documents in sources),
-        desc="data",
-        unit="B",
-        unit_scale=True,
-        disable=not progress,
-    )

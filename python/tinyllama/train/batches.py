@@ -1,10 +1,11 @@
-"""Token shards as training windows, shuffled without state, and as documents to be scored."""
+"""Token shards as training windows, mixed and shuffled without state, and as documents to score."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ class Split:
     """The documents of one split: memory-mapped tokens and where each document lies in them.
 
     ``shard``, ``start``, ``length``: int arrays (n_documents,). A document is BOS … EOS.
+    ``sources``: the number of documents of each source, by name, in the order in which they lie.
     """
 
     def __init__(self, folder: TokenFolder, name: str) -> None:
@@ -82,6 +84,14 @@ class Split:
         self.start: np.ndarray = table[1]
         self.length: np.ndarray = table[2]
         self.n_tokens = int(self.length.sum())
+        # Folders made before there were sources do not name any.
+        named = entry.get("sources", [{"name": "text", "documents": len(self)}])
+        self.sources = {source["name"]: int(source["documents"]) for source in named}
+        if sum(self.sources.values()) != len(self):
+            raise FormatError(
+                f"{self.name}: its sources have {sum(self.sources.values())} documents,"
+                f" its shards {len(self)}"
+            )
 
     def __len__(self) -> int:
         return len(self.length)
@@ -100,17 +110,23 @@ class Windows:
     Each epoch shuffles the documents, joins them, cuts the text into windows at a phase of its
     own, and shuffles the windows. Window n is number ``n mod windows_per_epoch`` of epoch
     ``n div windows_per_epoch``. All but at most two windows' worth of an epoch's tokens are
-    seen once as targets.
+    seen once as targets. Which documents an epoch has, and how often, is ``mixture``'s to say.
 
-    Raises ConfigError when the text is smaller than one window.
+    Raises ConfigError when the text is smaller than one window, and as ``mixture`` does.
     """
 
-    def __init__(self, split: Split, seq_len: int, seed: int) -> None:
+    def __init__(
+        self, split: Split, seq_len: int, seed: int, weights: Mapping[str, float] | None = None
+    ) -> None:
         self.split, self.seq_len, self.seed = split, seq_len, seed
-        self.windows_per_epoch = (split.n_tokens - seq_len) // seq_len
+        self._mixture = mixture(split, weights or {}, seed)
+        #: in an epoch, each as often as it is there
+        self.n_documents = len(self._mixture)
+        self.n_tokens = int(split.length[self._mixture].sum())
+        self.windows_per_epoch = (self.n_tokens - seq_len) // seq_len
         if self.windows_per_epoch < 1:
             raise ConfigError(
-                f"{split.name}: {split.n_tokens} tokens are fewer than one window needs"
+                f"{split.name}: {self.n_tokens} tokens are fewer than one window needs"
                 f" (seq_len {seq_len}, and up to {seq_len} more for its random phase)"
             )
         self._epoch = -1
@@ -136,9 +152,34 @@ class Windows:
 
     def _shuffle(self, epoch: int) -> None:
         random = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-        self._documents = random.permutation(len(self.split))
+        self._documents = self._mixture[random.permutation(self.n_documents)]
         lengths = self.split.length[self._documents]
         self._begin = np.cumsum(lengths) - lengths
         self._phase = int(random.integers(self.seq_len))
         self._windows = random.permutation(self.windows_per_epoch)
         self._epoch = epoch
+
+
+def mixture(split: Split, weights: Mapping[str, float], seed: int) -> np.ndarray:
+    """The documents of an epoch: int64 (n,), a number as often as its source's weight says.
+
+    Of a source's N documents under a weight of k + f, f below 1, every one is there k times and
+    round(f N) of them once more; which, ``seed`` decides, the same for all epochs. Sources that
+    ``weights`` does not name have weight 1.
+
+    Raises ConfigError for a weight of a source that the split does not have.
+    """
+    for name in weights:
+        if name not in split.sources:
+            raise ConfigError(
+                f"weights.{name}: {split.name}, has no source {name!r},"
+                f" only {', '.join(split.sources)}"
+            )
+    times = []
+    for number, (name, n_documents) in enumerate(split.sources.items()):
+        whole, rest = divmod(weights.get(name, 1.0), 1.0)
+        random = np.random.Generator(np.random.PCG64([seed, number, 1]))
+        chosen = random.permutation(n_documents)[: round(rest * n_documents)]
+        times.append(np.full(n_documents, int(whole)))
+        times[-1][chosen] += 1
+    return np.repeat(np.arange(len(split)), np.concatenate([*times, np.zeros(0, np.int64)]))

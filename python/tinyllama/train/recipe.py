@@ -15,6 +15,8 @@ from typing import Any
 from ..config import Config, RopeScaling
 from ..errors import ConfigError, MissingExtraError
 
+MAX_WEIGHT = 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -25,7 +27,9 @@ class Recipe:
     layers by Muon at ``muon_learning_rate`` and everything else by AdamW at ``learning_rate``.
     ``every_*`` count steps; 0 switches the thing off. The last ``keep_checkpoints`` and the best
     stay. ``init_from`` names a run or checkpoint whose weights are the starting point. With
-    ``epochs``, ``steps`` follows from the data, which are seen so many times. ``dtype``,
+    ``epochs``, ``steps`` follows from the data, which are seen so many times. ``weights`` mixes
+    the data: how often an epoch has the documents of a source, by its name; 1 unless given, 0.5
+    is half of them, 2.5 all of them twice and half once more (``batches.mixture``). ``dtype``,
     ``compile`` and ``device`` "auto" mean: bf16 where the processor multiplies it natively,
     compiled where a compiler is found, cuda before mps before cpu.
 
@@ -35,6 +39,7 @@ class Recipe:
     model: Config
     steps: int = 1000
     epochs: float = 0.0
+    weights: dict[str, float] = dataclasses.field(default_factory=dict)
     batch_size: int = 16
     grad_accum: int = 1
     seq_len: int = 256
@@ -83,6 +88,13 @@ class Recipe:
                 raise ConfigError(f"{name} is {value!r}; it must be a number")
             if not 0.0 <= value <= high or (name == "grad_clip" and value == 0):
                 raise ConfigError(f"{name} is {value}; it must be in [0, {high}]")
+        if not isinstance(self.weights, dict):
+            raise ConfigError(f"weights is {self.weights!r}; it must be a section of numbers")
+        for name, value in self.weights.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise ConfigError(f"weights.{name} is {value!r}; it must be a number")
+            if not 0.0 <= value <= MAX_WEIGHT:
+                raise ConfigError(f"weights.{name} is {value}; it must be in [0, {MAX_WEIGHT}]")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")

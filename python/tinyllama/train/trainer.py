@@ -86,7 +86,8 @@ class Trainer:
                 f"{folder.path}: the tokenizer has {folder.vocab_size} tokens,"
                 f" the recipe's model.vocab_size is {recipe.model.vocab_size}"
             )
-        self.windows = Windows(folder.split("train"), recipe.seq_len, recipe.seed)
+        train = folder.split("train")
+        self.windows = Windows(train, recipe.seq_len, recipe.seed, recipe.weights)
         self.recipe = recipe = recipe.for_windows(self.windows.windows_per_epoch)
         valid = folder.split("valid") if "valid" in folder.splits else None
         self.valid = valid if valid is not None and len(valid) else None
@@ -272,16 +273,16 @@ class Trainer:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def _describe(self) -> None:
-        recipe, split = self.recipe, self.windows.split
+        recipe, windows = self.recipe, self.windows
         tokens = recipe.steps * recipe.tokens_per_step
         where = str(self.ranks.device)
         if self.ranks.count > 1:
             where = f"{self.ranks.count} × {self.ranks.device.type} ({recipe.parallel})"
         self._say(
             f"{recipe.model.n_parameters / 1e6:.2f}M parameters on {where};"
-            f" {len(split):,} documents, {split.n_tokens:,} tokens;"
+            f" {windows.n_documents:,} documents, {windows.n_tokens:,} tokens;"
             f" {recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens,"
-            f" {tokens / split.n_tokens:.1f} epochs; from step {self.state.step}"
+            f" {tokens / windows.n_tokens:.1f} epochs; from step {self.state.step}"
         )
 
     def _say(self, line: str) -> None:

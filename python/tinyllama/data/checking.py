@@ -1,0 +1,268 @@
+"""What a collection of documents holds, what is wrong with it, and a mended copy of it."""
+
+from __future__ import annotations
+
+import tempfile
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from dataclasses import field as dataclass_field
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ..errors import ArgumentError
+from ..files import whole_file, whole_folder
+from ..formats.checkpoint import TokenType
+from ..formats.sentencepiece import load_sentencepiece, open_processor
+from .documents import SEPARATOR, Documents, PathLike
+from .mending import cut, mend_encoding
+from .near import NearDuplicates
+from .shards import text_key, tokenizer_file
+
+# What is looked for: its title in the report, and what a repair does about it.
+FINDINGS = {
+    "damaged": ("damaged encoding", "mended"),
+    "invalid": ("lines with bytes that are not UTF-8", "bytes taken as Windows-1252"),
+    "lost": ("with U+FFFD, a character lost before", "kept as they are"),
+    "duplicates": ("duplicates of an earlier one", "dropped"),
+    "near": ("near duplicates of an earlier one", "dropped"),
+    "empty": ("empty", "dropped"),
+    "over_long": ("too long", "cut at paragraphs"),
+}
+MAX_EXAMPLES = 3
+
+
+@dataclass
+class Finding:
+    """How often something was found, and where the first few times."""
+
+    count: int = 0
+    examples: list[str] = dataclass_field(default_factory=list)
+
+    def add(self, example: str) -> None:
+        self.count += 1
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(example)
+
+
+@dataclass
+class Tally:
+    """What documents come to. ``lengths``: the bytes of each in UTF-8.
+
+    ``tokens`` counts begin and end of each document too; ``unknown`` of them are the unknown
+    token, ``byte_tokens`` single bytes of characters that have no token. All 0 without a tokenizer.
+    """
+
+    characters: int = 0
+    lengths: array[int] = dataclass_field(default_factory=lambda: array("Q"))
+    tokens: int = 0
+    unknown: int = 0
+    byte_tokens: int = 0
+
+    @property
+    def documents(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.lengths)
+
+    def length(self, share: float) -> int:
+        """The bytes that ``share`` (0 to 1) of the documents do not exceed; 0 without documents."""
+        if not self.lengths:
+            return 0
+        return int(np.quantile(self.lengths, share, method="inverted_cdf"))
+
+    def add(self, other: Tally) -> None:
+        self.characters += other.characters
+        self.lengths.extend(other.lengths)
+        self.tokens += other.tokens
+        self.unknown += other.unknown
+        self.byte_tokens += other.byte_tokens
+
+
+@dataclass
+class SourceReport:
+    """One source, or all: ``documents`` read, their ``bytes`` of UTF-8, what was found in them.
+
+    ``kept`` is what a repair leaves: what is dropped is dropped, what is mended or cut is so.
+    """
+
+    findings: dict[str, Finding]
+    documents: int = 0
+    bytes: int = 0
+    kept: Tally = dataclass_field(default_factory=Tally)
+
+    def add(self, other: SourceReport) -> None:
+        self.documents += other.documents
+        self.bytes += other.bytes
+        self.kept.add(other.kept)
+        for key, finding in other.findings.items():
+            mine = self.findings[key]
+            mine.count += finding.count
+            mine.examples = (mine.examples + finding.examples)[:MAX_EXAMPLES]
+
+
+@dataclass
+class Report:
+    """What ``check`` saw, source by source. ``findings`` have those keys of FINDINGS looked for.
+
+    ``near`` and ``tokenizer`` are the arguments of that name, None and "" where not given.
+    """
+
+    sources: dict[str, SourceReport]
+    near: float | None = None
+    tokenizer: str = ""
+
+    @property
+    def total(self) -> SourceReport:
+        """All sources together."""
+        total = _empty(self.near)
+        for source in self.sources.values():
+            total.add(source)
+        return total
+
+
+def _empty(near: float | None) -> SourceReport:
+    keys = [key for key in FINDINGS if key != "near" or near is not None]
+    return SourceReport({key: Finding() for key in keys})
+
+
+def check(
+    inputs: PathLike | Iterable[PathLike],
+    *,
+    repair: PathLike | None = None,
+    near: float | None = None,
+    tokenizer: PathLike | None = None,
+    max_bytes: int = 100_000,
+    field: str | None = None,
+    separator: str = SEPARATOR,
+    progress: bool = False,
+) -> Report:
+    """Look through the documents of ``inputs`` (see ``Documents``) for damage; mend it on demand.
+
+    Found are: UTF-8 that was read as another encoding and written again (``â€œ`` for ``“``), bytes
+    that are not UTF-8, replacement characters, documents that repeat an earlier one (white space
+    aside), empty ones, and those longer than ``max_bytes`` of UTF-8. With ``near``, 0.5 to 1, also
+    documents whose runs of five words are to so large a part (Jaccard index) those of an earlier
+    one that is kept; the texts are written to a temporary file for it (see ``NearDuplicates``).
+    With ``tokenizer``, a ``.model`` file or a folder with one, tokens are counted.
+
+    ``repair`` names a ``.txt`` file to write, or a new folder for a ``.txt`` file of each source:
+    encoding mended, duplicates, near duplicates and empty documents left out, long ones cut at
+    the last blank line, line or sentence that fits. It is written whole or not at all. Curly
+    quotes, accents and widths stay as they are.
+
+    Raises ArgumentError when ``repair`` is one of the inputs or would hold nothing, FormatError
+    when an input's structure (JSON, CSV, Parquet, compression) is damaged.
+    """
+    if max_bytes < 100:
+        raise ArgumentError(f"max_bytes is {max_bytes}, expected at least 100")
+    documents = Documents(
+        inputs,
+        field=field,
+        separator=separator,
+        replace_invalid=lambda where, at: (
+            report.sources[documents.source].findings["invalid"].add(f"{where}: byte offset {at}")
+        ),
+        progress="check" if progress else "",
+    )
+    sources = {name: _empty(near) for name in documents.sources}
+    report = Report(sources, near, str(tokenizer or ""))
+    if repair is not None:
+        if Path(repair).suffix not in (".txt", ""):
+            raise ArgumentError(
+                f"repair is {str(repair)!r}: the repaired file's name ends in .txt, a folder's in"
+                " nothing"
+            )
+        if Path(repair).resolve() in {path.resolve() for path in documents.paths}:
+            raise ArgumentError(f"repair is {str(repair)!r}, which is one of the inputs")
+    count_tokens = _token_counter(tokenizer) if tokenizer is not None else None
+    with _repaired(repair, sources) as files, tempfile.TemporaryFile() as texts:
+        for text in _sound(documents, report, max_bytes, texts):
+            kept = report.sources[documents.source].kept
+            for part in cut(text, max_bytes):
+                data = part.encode()
+                kept.characters += len(part)
+                kept.lengths.append(len(data))
+                if count_tokens:
+                    count_tokens(part, kept)
+                if files:
+                    files[documents.source].write(data + f"\n{separator}\n".encode())
+        if files and not report.total.kept.documents:
+            raise ArgumentError("the repaired file would hold no document")
+    return report
+
+
+@contextmanager
+def _repaired(repair: PathLike | None, sources: Iterable[str]) -> Iterator[dict[str, BinaryIO]]:
+    """The file that each source's documents go to; none without ``repair``."""
+    if repair is None:
+        yield {}
+    elif Path(repair).suffix:
+        with whole_file(repair) as file:
+            yield dict.fromkeys(sources, file)
+    else:
+        with whole_folder(repair) as folder, ExitStack() as opened:
+            yield {
+                name: opened.enter_context(open(folder / f"{name}.txt", "wb")) for name in sources
+            }
+
+
+def _sound(documents: Documents, report: Report, max_bytes: int, texts: BinaryIO) -> Iterator[str]:
+    """The documents that are neither empty nor repeated, their encoding mended."""
+    seen: set[bytes] = set()
+    near = NearDuplicates(report.near, texts) if report.near is not None else None
+    for where, original in documents:
+        source = report.sources[documents.source]
+        found = source.findings
+        text = mend_encoding(original)
+        size = len(original.encode())
+        source.documents += 1
+        source.bytes += size
+        if text != original:
+            found["damaged"].add(f"{where}: {_difference(original, text)}")
+        if "\ufffd" in text:
+            at = text.index("\ufffd")
+            found["lost"].add(f"{where}: {text[max(0, at - 20) : at + 20]!r}")
+        if not text:
+            found["empty"].add(where)
+            continue
+        if (key := text_key(text)) in seen:
+            found["duplicates"].add(f"{where}: {text[:40]!r}")
+            continue
+        seen.add(key)
+        if near and (likeness := near.find(where, text)):
+            found["near"].add(
+                f"{where}: {likeness.jaccard:.2f} like {likeness.where}: {text[:40]!r}"
+            )
+            continue
+        if size > max_bytes:
+            found["over_long"].add(f"{where}: {size:,} bytes: {text[:40]!r}")
+        yield text
+
+
+def _difference(before: str, after: str) -> str:
+    same = next(
+        (i for i, (a, b) in enumerate(zip(before, after, strict=False)) if a != b),
+        min(len(before), len(after)),
+    )
+    start = max(0, same - 15)
+    return f"{before[start : same + 25]!r} -> {after[start : same + 25]!r}"
+
+
+def _token_counter(tokenizer: PathLike) -> Callable[[str, Tally], None]:
+    path = tokenizer_file(tokenizer)
+    types = load_sentencepiece(path).types
+    processor = open_processor(path.read_bytes())
+
+    def count(text: str, tally: Tally) -> None:
+        kinds = types[np.array(processor.encode(text), np.int64)]
+        tally.tokens += len(kinds) + 2
+        tally.unknown += int(np.count_nonzero(kinds == TokenType.UNKNOWN))
+        tally.byte_tokens += int(np.count_nonzero(kinds == TokenType.BYTE))
+
+    return count
