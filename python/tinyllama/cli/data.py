@@ -159,24 +159,22 @@ def run_check(args: argparse.Namespace) -> None:
 
 
 def _print_report(report: Report, repaired: bool) -> None:
-    from ..data.checking import FINDINGS
+    from ..data.checking import FINDINGS, LENGTHS
 
-    total = report.total
-    for name, source in {**report.sources, "all": total}.items():
-        if name == "all" and len(report.sources) == 1:
-            continue
+    for name, source in report.rows:
         kept = source.kept
         print(
-            f"{name}: {source.documents:,} documents, {source.bytes:,} bytes;"
-            f" sound {kept.documents:,}, {kept.bytes:,} bytes, {kept.characters:,} characters"
+            f"{name}: {source.documents:,} documents, {source.bytes:,} bytes; kept"
+            f" {kept.documents:,}, {kept.bytes:,} bytes, {kept.characters:,} characters"
         )
-        if report.tokenizer and kept.tokens:
+        if kept.tokens:
             print(
-                f"{'':11}{kept.tokens:,} tokens, {kept.bytes / kept.tokens:.3f} bytes per token;"
-                f" {kept.unknown:,} unknown, {kept.byte_tokens / kept.tokens:.3%} single bytes"
+                f"{'':11}{kept.tokens:,} tokens, {kept.bytes / kept.tokens:.3f} bytes per token,"
+                f" {kept.unknown / kept.tokens:.3%} unknown,"
+                f" {kept.byte_tokens / kept.tokens:.3%} single bytes"
             )
-    shares = {"shortest": 0.0, "half up to": 0.5, "95 % up to": 0.95, "longest": 1.0}
-    lengths = (f"{name} {total.kept.length(share):,}" for name, share in shares.items())
+    total = report.total
+    lengths = (f"{title} {total.kept.length(share):,}" for title, share in LENGTHS.items())
     print(f"bytes of a document: {', '.join(lengths)}")
     for key, finding in total.findings.items():
         title, action = FINDINGS[key]

@@ -33,6 +33,8 @@ FINDINGS = {
     "over_long": ("too long", "cut at paragraphs"),
 }
 MAX_EXAMPLES = 3
+# Lengths told of documents, and the share of them that is no longer.
+LENGTHS = {"shortest": 0.0, "half up to": 0.5, "95 % up to": 0.95, "longest": 1.0}
 
 
 @dataclass
@@ -124,6 +126,12 @@ class Report:
         for source in self.sources.values():
             total.add(source)
         return total
+
+    @property
+    def rows(self) -> list[tuple[str, SourceReport]]:
+        """What a table of sources shows: each with its name and, where there are more, all."""
+        rows = list(self.sources.items())
+        return rows if len(rows) == 1 else [*rows, ("all", self.total)]
 
 
 def _empty(near: float | None) -> SourceReport:

@@ -1,76 +1,59 @@
-"""The report of a check as a page: figures, findings with examples, and how long documents are."""
+"""The report of a check as a page: amounts, lengths, and findings with examples."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 
 from ..report import Page, new_figure
-from .checking import FINDINGS, Report, SourceReport
+from .checking import FINDINGS, LENGTHS, Report, Tally
 
 
 def report_page(report: Report) -> Page:
-    """``report`` as a Page, all sources beside each other. Raises MissingExtraError as it does."""
-    rows = {**report.sources, "all": report.total} if len(report.sources) > 1 else report.sources
+    """``report`` as a Page, its sources beside each other.
+
+    Raises MissingExtraError where matplotlib is not installed.
+    """
     page = Page("Text")
-    page.table(
-        ["source", "documents", "bytes", "kept documents", "bytes", "characters"],
-        [[name, *_amounts(source)] for name, source in rows.items()],
-        "Documents as they were read, and as a repair leaves them",
-    )
-    if report.tokenizer:
-        page.table(
-            ["source", "tokens", "bytes per token", "unknown", "", "single bytes", ""],
-            [[name, *_tokens(source)] for name, source in rows.items()],
-            f"Tokens of {report.tokenizer} in what is kept, begin and end of documents included",
-        )
+    _add_amounts(page, report)
     page.heading("Length")
-    shares = {"shortest": 0.0, "half up to": 0.5, "95 % up to": 0.95, "longest": 1.0}
     page.table(
-        ["source", *shares],
-        [[name, *map(s.kept.length, shares.values())] for name, s in rows.items()],
+        ["source", *LENGTHS],
+        [[name, *map(s.kept.length, LENGTHS.values())] for name, s in report.rows],
         "Bytes of a document that is kept",
     )
     if report.total.kept.documents:
-        _add_lengths(page, report)
-    page.heading("Findings")
-    page.table(
-        ["", *rows, "a repair leaves them"],
-        [
-            [title, *(source.findings[key].count for source in rows.values()), action]
-            for key, (title, action) in _looked_for(report)
-        ],
-        "" if report.near is None else f"Near duplicates: a Jaccard index of {report.near} or more",
-    )
-    for key, (title, _) in _looked_for(report):
-        examples = [e for source in report.sources.values() for e in source.findings[key].examples]
-        if examples:
-            page.heading(title, level=3)
-            page.quote("\n".join(examples))
+        _add_histogram(page, report)
+    _add_findings(page, report)
     return page
 
 
-def _looked_for(report: Report) -> Iterator[tuple[str, tuple[str, str]]]:
-    return ((key, FINDINGS[key]) for key in report.total.findings)
+def _add_amounts(page: Page, report: Report) -> None:
+    page.table(
+        ["source", "documents", "bytes", "kept documents", "kept bytes", "kept characters"],
+        [
+            [name, s.documents, s.bytes, s.kept.documents, s.kept.bytes, s.kept.characters]
+            for name, s in report.rows
+        ],
+        "Documents as they were read, and as a repair keeps them",
+    )
+    if report.tokenizer:
+        page.table(
+            ["source", "tokens", "bytes per token", "unknown", "share", "single bytes", "share"],
+            [[name, *_tokens(source.kept)] for name, source in report.rows],
+            f"Tokens of {report.tokenizer} in what is kept, begin and end of documents included",
+        )
 
 
-def _amounts(source: SourceReport) -> list[int]:
-    kept = source.kept
-    return [source.documents, source.bytes, kept.documents, kept.bytes, kept.characters]
-
-
-def _tokens(source: SourceReport) -> list[object]:
-    kept = source.kept
+def _tokens(kept: Tally) -> list[object]:
     n = max(1, kept.tokens)
+    per_token = round(kept.bytes / n, 3)
     unknown, single = (f"{count / n:.3%}" for count in (kept.unknown, kept.byte_tokens))
-    per_token = f"{kept.bytes / n:.3f}"
     return [kept.tokens, per_token, kept.unknown, unknown, kept.byte_tokens, single]
 
 
-def _add_lengths(page: Page, report: Report) -> None:
+def _add_histogram(page: Page, report: Report) -> None:
     kept = report.total.kept
-    edges = np.geomspace(max(1, kept.length(0.0)), kept.length(1.0) + 1, 41)
+    edges = np.geomspace(kept.length(0.0), kept.length(1.0) + 1, 41)
     figure = new_figure(8.0, 3.0)
     axes = figure.subplots()
     lengths = [np.array(source.kept.lengths) for source in report.sources.values()]
@@ -79,3 +62,21 @@ def _add_lengths(page: Page, report: Report) -> None:
     if len(report.sources) > 1:
         axes.legend()
     page.figure(figure, "How many documents are how long")
+
+
+def _add_findings(page: Page, report: Report) -> None:
+    page.heading("Findings")
+    findings = report.total.findings
+    page.table(
+        ["documents", *(name for name, _ in report.rows), "in a repair"],
+        [
+            [FINDINGS[key][0], *(s.findings[key].count for _, s in report.rows), FINDINGS[key][1]]
+            for key in findings
+        ],
+        "" if report.near is None else f"Near: a Jaccard index of {report.near} or more",
+    )
+    for key in findings:
+        examples = [e for s in report.sources.values() for e in s.findings[key].examples]
+        if examples:
+            page.heading(FINDINGS[key][0], level=3)
+            page.quote("\n".join(examples))
