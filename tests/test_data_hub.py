@@ -55,6 +55,13 @@ def test_split_and_config_are_chosen(folder):
         assert where[1] == f"hf:{folder},config=small: record 2"
 
 
+def test_only_the_text_is_read_of_a_record(folder):
+    dataset = hub.HubDataset(f"hf:{folder},config=small")
+    dataset.open()
+    assert dataset.columns == ["id", "text"]
+    assert [list(record) for record in dataset.records("text")] == [["text"]] * 2
+
+
 def test_folders_that_were_saved_to_disk(tmp_path):
     one = datasets.Dataset.from_dict({"story": STORIES[:3]})
     one.save_to_disk(tmp_path / "one")

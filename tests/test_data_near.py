@@ -17,14 +17,15 @@ CHINESE = [chr(0x4E00 + i) for i in range(400)]
 
 
 def documents_with_copies(words: list[str], n: int = 150, seed: int = 1) -> list[list[str]]:
-    """Random documents, each followed sooner or later by copies with some words replaced."""
+    """Random documents, and copies and copies of copies with some words replaced, in any order."""
     rng = random.Random(seed)
     originals = [rng.choices(words, k=rng.randrange(20, 120)) for _ in range(n)]
     copies = []
     for original in originals:
-        for _ in range(2):
-            copy = list(original)
-            for _ in range(rng.randrange(6)):
+        copy = original
+        for _ in range(3):
+            copy = list(copy)
+            for _ in range(rng.randrange(4)):
                 copy[rng.randrange(len(copy))] = rng.choice(words)
             copies.append(copy)
     return originals + rng.sample(copies, len(copies))

@@ -180,14 +180,10 @@ def check(
     )
     sources = {name: _empty(near) for name in documents.sources}
     report = Report(sources, near, str(tokenizer or ""))
-    if repair is not None:
-        if Path(repair).suffix not in (".txt", ""):
-            raise ArgumentError(
-                f"repair is {str(repair)!r}: the repaired file's name ends in .txt, a folder's in"
-                " nothing"
-            )
-        if Path(repair).resolve() in {path.resolve() for path in documents.paths}:
-            raise ArgumentError(f"repair is {str(repair)!r}, which is one of the inputs")
+    if repair is not None and Path(repair).suffix not in (".txt", ""):
+        raise ArgumentError(f"repair is {str(repair)!r}: a repaired file's name ends in .txt")
+    if repair is not None and Path(repair).resolve() in {p.resolve() for p in documents.paths}:
+        raise ArgumentError(f"repair is {str(repair)!r}, which is one of the inputs")
     count_tokens = _token_counter(tokenizer) if tokenizer is not None else None
     with _repaired(repair, sources) as files, tempfile.TemporaryFile() as texts:
         for text in _sound(documents, report, max_bytes, texts):

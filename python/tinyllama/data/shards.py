@@ -101,9 +101,8 @@ def prepare(
     training may weight them. ``tokenizer``: a SentencePiece ``.model`` file, or a folder that holds
     ``tokenizer.model``. A document is in the validation split when a hash of its text and ``seed``
     falls below ``valid_fraction``: its split never depends on its place, and equal documents (white
-    space aside) share one. With ``valid``, all documents of those inputs are the validation split,
-    and no others; where they are among ``inputs`` too, they are left out there (the manifest's
-    ``left_out``). Empty documents are left out.
+    space aside) share one. With ``valid``, the documents of those inputs are the validation split,
+    and left out where ``inputs`` has them too (the manifest's ``left_out``), as empty ones are.
 
     Shards ``train-00000.bin``, ``valid-00000.bin``, … are little-endian uint16 (uint32 for more
     than 65,535 tokens), each document wrapped in BOS … EOS, the sources one after another. The
@@ -120,11 +119,12 @@ def prepare(
         raise ArgumentError(f"n_workers is {n_workers}, expected at least 1")
     out = Path(out)
     encoding = _encoding(tokenizer, 0.0 if valid is not None else valid_fraction, seed)
-    splits = {"train": Documents(inputs, field=field, separator=separator)}
-    if valid is not None:  # first, so that its documents are known when the others are read
-        splits = {"valid": Documents(valid, field=field, separator=separator), **splits}
-    for split, documents in splits.items():
-        documents.progress = split if progress else ""
+    # Validation text first, so that it is known when the other is read.
+    given = {"train": inputs} if valid is None else {"valid": valid, "train": inputs}
+    splits = {
+        split: Documents(text, field=field, separator=separator, progress=split if progress else "")
+        for split, text in given.items()
+    }
     parts = _open_folder(out)
     left_out = Count()
     try:
@@ -134,10 +134,7 @@ def prepare(
     except (ArgumentError, FormatError):  # bad input leaves nothing behind
         _remove(parts)
         raise
-    for stale in (out / "manifest.json", *out.glob("*-[0-9]*.bin"), *out.glob(".*.part")):
-        stale.unlink(missing_ok=True)
-    manifest = _manifest(encoding, units, parts, out)
-    manifest["left_out"] = left_out.documents
+    manifest = _write_shards(encoding, units, parts, out) | {"left_out": left_out.documents}
     with whole_file(out / "tokenizer.model") as file:
         file.write(encoding.model)
     with whole_file(out / "manifest.json") as file:
@@ -317,7 +314,12 @@ def _counts(path: Path) -> dict[str, Count]:
     return {side: Count(**unit[side]) for side in SPLITS}
 
 
-def _manifest(encoding: Encoding, units: list[Encoded], parts: Path, out: Path) -> dict[str, Any]:
+def _write_shards(
+    encoding: Encoding, units: list[Encoded], parts: Path, out: Path
+) -> dict[str, Any]:
+    """Replace what ``out`` holds by the shards of ``units``: the manifest, still to be written."""
+    for stale in (out / "manifest.json", *out.glob("*-[0-9]*.bin"), *out.glob(".*.part")):
+        stale.unlink(missing_ok=True)
     splits: dict[str, Any] = {}
     for side in SPLITS:
         shards = []
