@@ -76,7 +76,8 @@ def _register_check(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=float,
         metavar="J",
         help="look for near duplicates: of the runs of five words in two documents, they share"
-        " this part or more, 0.5 to 1 (extra data)",
+        " this part or more, 0.5 to 1 (extra data; 2 KB of memory a document, and a temporary"
+        " copy of the text)",
     )
     parser.add_argument(
         "--tokenizer", metavar="T", help="count tokens: a .model file, or a folder with one"
