@@ -122,7 +122,7 @@ def test_eval_command(model, model_file, tmp_path, capsys):
     (tmp_path / "text.txt").write_text(f"{TEXT}\n<|endoftext|>\n{LONG}\n<|endoftext|>\n")
     text = str(tmp_path / "text.txt")
     assert main(["eval", model_file, "--text", text, "--threads", "1", "--json"]) == 0
-    figures = json.loads(capsys.readouterr().out)
+    figures = json.loads(capsys.readouterr().out)["text"]
     expected = of_documents(model, [TEXT, LONG])
     assert figures["bits_per_byte"] == expected.bits_per_byte
     assert figures["nats_per_token"] == expected.nats_per_token
@@ -131,15 +131,15 @@ def test_eval_command(model, model_file, tmp_path, capsys):
     assert figures["bytes"] == len(TEXT + LONG)
     assert main(["eval", model_file, "--text", text, "--threads", "1"]) == 0
     out = capsys.readouterr().out
-    assert f"{expected.bits_per_byte:.4f} bits per byte" in out
-    assert "2 documents, 224 bytes" in out
+    assert f"bits per byte   {expected.bits_per_byte:.4f}\n" in out
+    assert "documents       2\n" in out and "bytes           224\n" in out
 
 
 def test_eval_reads_a_named_file_whatever_its_ending(model_file, tmp_path, capsys):
     (tmp_path / "notes.md").write_text(TEXT)
     text = str(tmp_path / "notes.md")
     assert main(["eval", model_file, "--text", text, "--threads", "1"]) == 0
-    assert "1 documents" in capsys.readouterr().out
+    assert "documents       1\n" in capsys.readouterr().out
     assert main(["eval", model_file, "--text", model_file]) == 2
     assert f"{model_file}: unknown kind of file, and not text" in capsys.readouterr().err
 

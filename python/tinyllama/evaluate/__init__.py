@@ -1,1 +1,1 @@
-"""Judging a model on text it has not seen."""
+"""Judging a model: on text it has not seen, and by the stories it tells."""
