@@ -14,6 +14,7 @@ from tinyllama.formats.gguf import write_gguf
 pytest.importorskip("sacrebleu", reason="story measures need the extra eval")
 pytest.importorskip("rapidfuzz", reason="story measures need the extra eval")
 
+JUDGE = ["--judge", "u", "--judge-model", "m"]
 PROMPTS = ["Once upon a time", "The cat <saw> a fish", "Tom said"]
 
 
@@ -30,6 +31,7 @@ def command(model_file, tmp_path, monkeypatch):
     (tmp_path / "prompts.json").write_text(json.dumps(PROMPTS))
     (tmp_path / "train.txt").write_text("one\n<|endoftext|>\ntwo words\n<|endoftext|>\n")
     options = ["--stories", "--prompts", "prompts.json", "--completions", "2", "--threads", "1"]
+    (tmp_path / "bad.json").write_text("[\n")
     return ["eval", model_file, *options]
 
 
@@ -85,7 +87,7 @@ def test_documents_instead_of_prompts(command, tmp_path, capsys):
     ("options", "message"),
     [
         ([], "nothing to measure"),
-        (["--judge", "u", "--judge-model", "m"], "nothing to measure"),
+        (JUDGE, "nothing to measure"),
         (["--text", "train.txt", "--judge", "u"], "--judge grades stories"),
         (["--stories", "--judge", "u"], "belong together"),
         (["--stories", "--judge-model", "m"], "belong together"),
@@ -93,9 +95,13 @@ def test_documents_instead_of_prompts(command, tmp_path, capsys):
         (["--stories", "--completions", "0"], "--completions is 0"),
         (["--stories", "--temperature", "-1"], "temperature is -1"),
         (["--stories", "--report", "no/where.html"], "no/where.html: the folder"),
-        (["--stories", "--judge", "u", "--judge-model", "m", "--answers", "no/a"], "no/a: the"),
+        (["--stories", *JUDGE, "--answers", "no/a"], "no/a: the"),
         (["--stories", "--prompts", "no.txt"], "no.txt: No such file"),
-        (["--stories", "--prompts", "train.txt", "--train-text", "no.txt"], "no.txt: no such file"),
+        (["--stories", "--prompts", "bad.json", "--train-text", "no.txt"], "no.txt: no such file"),
+        (
+            ["--stories", *JUDGE, "--prompts", "bad.json", "--answers", "bad.json"],
+            "bad.json: line 1: not an answer",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

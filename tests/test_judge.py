@@ -144,6 +144,15 @@ def test_what_is_asked_and_what_is_kept(tmp_path):
     assert grades.cost(price_in=1.0, price_out=10.0) == pytest.approx((600 + 1200) / 1e6)
 
 
+def test_every_answer_is_forced_to_disk(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: sizes.append(os.fstat(descriptor).st_size))
+    with endpoint(lambda *_: MARKS) as (url, _):
+        run(questions(3, 1), judge.Answers(tmp_path / "a.jsonl"), url)
+    lines = (tmp_path / "a.jsonl").read_bytes().splitlines(keepends=True)
+    assert sizes == [len(b"".join(lines[:n])) for n in (1, 2, 3)]
+
+
 def test_nothing_is_asked_twice(tmp_path):
     with endpoint(lambda *_: MARKS) as (url, requests):
         run(questions(n_prompts=2), judge.Answers(tmp_path / "a.jsonl"), url)

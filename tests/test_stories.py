@@ -147,15 +147,20 @@ def test_a_planted_copy_is_found():
     found, other = overlaps([text, "no such words anywhere at all"], iter(documents))
     assert (found.copied, found.copied_text, found.copied_from) == (9, copied, "b.txt: line 7")
     assert found.rouge_2_from == found.rouge_l_from == "b.txt: line 7"
-    assert (other.copied, other.copied_from, other.rouge_2) == (0, "", 0)
+    assert (other.copied, other.copied_from) == (other.rouge_2, other.rouge_2_from) == (0, "")
+    (end,) = overlaps([copied], [("c.txt", f"It was {copied}"), ("d.txt", copied)])
+    assert (end.copied, end.copied_from, end.rouge_l_from) == (9, "c.txt", "c.txt")
 
 
-def test_overlaps_against_other_implementations():
+@pytest.mark.parametrize("vocabulary", [4, 12])
+def test_overlaps_against_other_implementations(vocabulary):
     """Longest runs by trying all; ROUGE by the package rouge-score, on every pair."""
     rouge_scorer = pytest.importorskip("rouge_score.rouge_scorer")
     scorer = rouge_scorer.RougeScorer(["rouge2", "rougeL"])
-    texts = [*random_texts(20, 40, vocabulary=12), ""]
-    documents = [(str(i), text) for i, text in enumerate(random_texts(50, 60, 13, seed=1))]
+    texts = [*random_texts(20, 40, vocabulary), ""]
+    documents = [
+        (str(i), text) for i, text in enumerate(random_texts(50, 60, vocabulary + 1, seed=1))
+    ]
     for text, found in zip(texts, overlaps(texts, documents), strict=True):
         scores = [scorer.score(document, text) for _, document in documents]
         for name, key in (("rouge_2", "rouge2"), ("rouge_l", "rougeL")):
@@ -194,6 +199,14 @@ def test_a_model_that_does_not_read_gets_half_of_the_twins():
     for score in cloze.cloze(Alphabetical()).values():
         assert score.accuracy.mean == score.chance == 0.5
         assert len(score.wrong) == score.n / 2 == 9
+
+
+def test_who_cannot_tell_is_not_right():
+    class Indifferent:
+        def score_choices(self, prompt, choices):
+            return [tinyllama.generation.Choice(c, (), -1.0, 0.5) for c in choices]
+
+    assert {score.accuracy.mean for score in cloze.cloze(Indifferent()).values()} == {0}
 
 
 def test_twins_differ_in_the_prompt_alone():
