@@ -234,6 +234,13 @@ def test_invalid_then_valid(tmp_path):
     assert (grades.n_graded, grades.failed) == (1, ())
 
 
+def test_an_assessment_of_several_lines_is_valid(tmp_path):
+    text = json.dumps(MARKS).replace("Fine.", "Fine.\nVery\tfine.")
+    with endpoint(lambda *_: text) as (url, requests):
+        grades = run(questions(1, 1), judge.Answers(tmp_path / "a.jsonl"), url)
+    assert (len(requests), grades.n_graded) == (1, 1)
+
+
 def test_all_invalid_gives_no_scores(tmp_path):
     with endpoint(lambda *_: "no") as (url, _):
         grades = run(questions(1, 1), judge.Answers(tmp_path / "a.jsonl"), url)

@@ -273,12 +273,13 @@ def _request(
 def _read(reply: str) -> tuple[dict[str, Any] | None, str | None]:
     """(the marks in a reply, None), or (None, what is wrong with it).
 
-    Text around the object is passed over: not every endpoint can be held to a schema.
+    Text around the object is passed over, because not every endpoint can be held to a schema, and
+    so are bare line breaks in the assessment, which llama.cpp's grammar lets through.
     """
     import jsonschema
 
     try:
-        marks = json.loads(reply[reply.find("{") : reply.rfind("}") + 1])
+        marks = json.loads(reply[reply.find("{") : reply.rfind("}") + 1], strict=False)
         jsonschema.validate(marks, SCHEMA)
     except (ValueError, RecursionError) as error:
         return None, f"not JSON: {error}"
