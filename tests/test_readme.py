@@ -102,7 +102,7 @@ def test_see_it_think(monkeypatch, capsys) -> None:
         runpy.run_path(example, run_name="__main__")
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, "docs/evaluation.md"])
 def test_links_lead_somewhere(page: str) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", read(page)):
         assert ((ROOT / page).parent / target).exists(), target

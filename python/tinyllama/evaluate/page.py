@@ -136,8 +136,9 @@ def _judge(judge: dict[str, Any]) -> Iterator[Table]:
         f"{judge['n_graded']} gradings at temperature {judge['temperature']}, seed {judge['seed']};"
         f" {judge['prompt_tokens']:,} tokens read, {judge['completion_tokens']:,} written"
         + (f", about {cost:.4f} at the prices given" if cost is not None else "")
-        + f". Intervals: bootstrap over prompts. Noise: standard deviation between gradings of one"
-        f" story.{failed}",
+        + ". Intervals: bootstrap over prompts."
+        + (" Noise: standard deviation between gradings of one story." if noise else "")
+        + failed,
     )
     yield Table(
         "Age that the judge guessed",
