@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -167,14 +168,16 @@ def task(tmp_path, monkeypatch):
     return str(folder)
 
 
-def test_a_task_on_the_command_line(folder, theirs, task, capsys):
+def test_a_task_on_the_command_line(folder, theirs, task, tmp_path, capsys):
     manager = TaskManager(include_path=task, include_defaults=False)
     expected = lm_eval.simple_evaluate(theirs, tasks=["pets"], task_manager=manager, limit=15)
     expected = expected["results"]["pets"]
     assert 0 < expected["acc,none"] < 1
     capsys.readouterr()
+    page = str(tmp_path / "page.html")
     arguments = ["--tasks", "pets", "--task-folder", task, "--limit", "15", "--json"]
-    assert main(["eval", folder, *arguments]) == 0
+    assert main(["eval", folder, *arguments, "--report", page]) == 0
+    assert f"{expected['acc,none']:.4f}" in Path(page).read_text(encoding="utf-8")
     found = json.loads(capsys.readouterr().out)["tasks"]["pets"]
     assert found == {"acc": expected["acc,none"], "acc_stderr": expected["acc_stderr,none"]}
 
@@ -183,4 +186,4 @@ def test_a_task_that_does_not_exist(folder, task, capsys):
     assert main(["eval", folder, "--tasks", "cats", "--task-folder", task]) == 2
     assert "no task is called 'cats'" in capsys.readouterr().err
     assert main(["eval", folder]) == 2
-    assert "give --text, --tasks or both" in capsys.readouterr().err
+    assert "give --text, --stories or --tasks" in capsys.readouterr().err

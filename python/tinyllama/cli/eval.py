@@ -30,6 +30,8 @@ and bits per byte, which compare models with different tokenizers.
 much it repeats, how varied it is, what it copies from --train-text, and which of two continuations
 it finds likelier in small questions. With --judge another model grades the stories.
 
+--tasks runs tasks of lm-evaluation-harness on the native engine.
+
 """
 
 EPILOG = """\
@@ -37,6 +39,7 @@ examples:
   tinyllama eval model.gguf --text held_out.txt
   tinyllama eval model.gguf --stories --train-text stories.txt --report report.html
   tinyllama eval model.gguf --stories --judge http://localhost:8000/v1 --judge-model NAME
+  tinyllama eval model.gguf --tasks arc_easy,hellaswag --limit 200
 
 The judge's replies are kept in a file; the same command asks only what is missing there. Its key,
 if it needs one, is read from the environment: OPENAI_API_KEY.
@@ -61,12 +64,14 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         " <|endoftext|> separates them",
     )
     modes.add_argument("--stories", action="store_true", help="the stories it tells")
+    modes.add_argument("--tasks", metavar="NAME,…", help="tasks, as `lm-eval ls tasks` names them")
     parser.add_argument("--field", help="the field of each record that holds the text")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object")
     output.add_argument("--report", metavar="FILE.html", help="write a page with all of it")
     _add_story_options(parser)
     _add_judge_options(parser)
+    _add_task_options(parser)
     add_model_options(parser)
     parser.set_defaults(handler=run)
 
@@ -125,6 +130,15 @@ def _add_judge_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--price-out", type=float, metavar="X", help="of a million tokens written")
 
 
+def _add_task_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("with --tasks")
+    group.add_argument("--task-folder", metavar="DIR", help="a folder with tasks of your own")
+    group.add_argument(
+        "--num-fewshot", type=int, metavar="N", help="examples before a question (else the task's)"
+    )
+    group.add_argument("--limit", type=int, metavar="N", help="only the first N questions")
+
+
 def run(args: argparse.Namespace) -> None:
     from .. import __version__
 
@@ -139,6 +153,8 @@ def run(args: argparse.Namespace) -> None:
         results["text"] = _text(model, args)
     if args.stories:
         results["stories"] = _stories(model, args)
+    if args.tasks:
+        results["tasks"] = _tasks(model, args)
     if args.report:
         from ..evaluate.page import write_page
 
@@ -151,24 +167,24 @@ def run(args: argparse.Namespace) -> None:
 
 def _check(args: argparse.Namespace) -> None:
     """Complain of what can be seen to be wrong before any work."""
-    from ..data.documents import find_files
+    from ..data.documents import Documents
     from ..evaluate.judge import Answers
 
-    if not (args.text or args.stories):
-        raise ArgumentError("nothing to measure: give --text, --stories or both")
+    if not (args.text or args.stories or args.tasks):
+        raise ArgumentError("nothing to measure: give --text, --stories or --tasks")
     if args.judge and not args.stories:
         raise ArgumentError("--judge grades stories: give --stories as well")
     if bool(args.judge) != bool(args.judge_model):
         raise ArgumentError("--judge and --judge-model belong together")
     if (args.price_in is None) != (args.price_out is None):
         raise ArgumentError("--price-in and --price-out belong together")
-    for name in ("max_prompts", "completions", "repeat"):
+    for name in ("max_prompts", "completions", "repeat", "limit"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     for inputs in (args.text, args.cut, args.train_text):
         if inputs:
-            find_files(inputs)
+            Documents(inputs)
     if args.report:
         check_place(args.report)
     if args.judge:
@@ -313,6 +329,28 @@ def _judge(
         "n_asked_now": len(questions) - n_kept,
         **asdict(verdict),
         "estimated_cost": verdict.cost(args.price_in, args.price_out) if priced else None,
+    }
+
+
+def _tasks(model: Model, args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """The figures of ``--tasks``: by task and metric, each with its standard error."""
+    from ..evaluate.harness import evaluate
+
+    results = evaluate(
+        model,
+        args.tasks.split(","),
+        folder=args.task_folder,
+        num_fewshot=args.num_fewshot,
+        limit=args.limit,
+    )
+    # The harness names a metric with the filter that its answers went through: "acc,none".
+    return {
+        task: {
+            name.replace(",none", ""): value
+            for name, value in metrics.items()
+            if isinstance(value, (int, float)) and "," in name
+        }
+        for task, metrics in results["results"].items()
     }
 
 

@@ -48,6 +48,8 @@ def tables(results: dict[str, Any]) -> list[Table]:
         found.append(Table(f"Text: {text['file']}", ("", ""), rows))
     if stories := results.get("stories"):
         found += _stories(stories)
+    if tasks := results.get("tasks"):
+        found.append(_tasks(tasks))
     return found
 
 
@@ -144,6 +146,19 @@ def _judge(judge: dict[str, Any]) -> Iterator[Table]:
         "Age that the judge guessed",
         ("age", "gradings"),
         tuple((AGE_GROUPS[letter], str(n)) for letter, n in judge["ages"].items()),
+    )
+
+
+def _tasks(tasks: dict[str, dict[str, float]]) -> Table:
+    rows = [
+        (task, metric, f"{value:.4f}", f"{error:.4f}" if error is not None else "")
+        for task, metrics in tasks.items()
+        for metric, value in metrics.items()
+        if not metric.endswith("_stderr")
+        for error in [metrics.get(f"{metric}_stderr")]
+    ]
+    return Table(
+        "Tasks of lm-evaluation-harness", ("task", "metric", "", "standard error"), tuple(rows)
     )
 
 
