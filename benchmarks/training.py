@@ -52,7 +52,8 @@ def tokens(folder: Path, vocab_size: int, n: int) -> np.ndarray:
     data.tofile(folder / "train-0.bin")
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["a b c"]), model_prefix=str(folder / "tokenizer"), vocab_size=263,
-        model_type="bpe", byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
+        model_type="bpe", byte_fallback=True, normalization_rule_name="identity",
+        remove_extra_whitespaces=False, minloglevel=2,
     )  # fmt: skip
     split = {"documents": 1, "bytes": n, "tokens": n}
     shards = [{"file": "train-0.bin", "documents": 1, "tokens": n}]

@@ -49,6 +49,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     recipe.add_argument("--config", metavar="FILE", help="a recipe as a TOML file")
     recipe.add_argument("--resume", action="store_true", help="the recipe of the run in RUN itself")
     parser.add_argument(
+        "--fast",
+        action="store_true",
+        help="the recipe's [fast] values, which learn the same from fewer tokens",
+    )
+    parser.add_argument(
         "--set",
         action="append",
         default=[],
@@ -65,9 +70,9 @@ def train(args: argparse.Namespace) -> int:
     from ..train.recipe import load_preset, load_recipe
 
     if args.preset:
-        recipe = load_preset(args.preset, args.set)
+        recipe = load_preset(args.preset, args.set, args.fast)
     elif args.config:
-        recipe = load_recipe(args.config, args.set)
+        recipe = load_recipe(args.config, args.set, args.fast)
     elif args.size:
         from ..train.batches import TokenFolder
         from ..train.recipe import recipe_from_dict

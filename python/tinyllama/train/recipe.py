@@ -151,13 +151,21 @@ CHOICES = {
 
 
 def recipe_from_dict(
-    values: Mapping[str, Any], source: str = "recipe", settings: Iterable[str] = ()
+    values: Mapping[str, Any],
+    source: str = "recipe",
+    settings: Iterable[str] = (),
+    fast: bool = False,
 ) -> Recipe:
     """A Recipe from nested plain values, changed by ``settings`` (each ``key=value``).
 
-    Raises ConfigError for unknown or missing keys.
+    A section ``fast`` has what other values learn the same from fewer tokens; they count where
+    ``fast`` is asked for. Raises ConfigError for unknown or missing keys.
     """
-    values = _with_settings(values, settings)
+    values = dict(values)
+    faster = values.pop("fast", {})
+    if fast and not faster:
+        raise ConfigError(f"{source} has no [fast] section")
+    values = _with_settings(values | faster if fast else values, settings)
     model = values.pop("model", None)
     if not isinstance(model, Mapping):
         raise ConfigError(f"{source}: the section [model] is missing")
@@ -179,24 +187,25 @@ def recipe_from_dict(
         raise ConfigError(f"{source}: {error}") from None
 
 
-def load_recipe(path: str | Path, settings: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, settings: Iterable[str] = (), fast: bool = False) -> Recipe:
     """Read a TOML recipe and change it by ``settings``, each ``key=value`` or ``model.key=value``.
 
     Raises OSError when the file cannot be read, ConfigError when it is not a recipe.
     """
     path = Path(path)
     values = _read_toml(path.read_text(encoding="utf-8"), str(path))
-    return recipe_from_dict(values, str(path), settings)
+    return recipe_from_dict(values, str(path), settings, fast)
 
 
-def load_preset(name: str, settings: Iterable[str] = ()) -> Recipe:
+def load_preset(name: str, settings: Iterable[str] = (), fast: bool = False) -> Recipe:
     """The recipe of that name among those in this package; see :func:`preset_names`."""
     names = preset_names()
     if name not in names:
         raise ConfigError(f"no preset {name!r}{_nearest(name, names)}; known: {', '.join(names)}")
     source = f"preset {name}"
     file = resources.files(__package__) / "presets" / f"{name}.toml"
-    return recipe_from_dict(_read_toml(file.read_text(encoding="utf-8"), source), source, settings)
+    values = _read_toml(file.read_text(encoding="utf-8"), source)
+    return recipe_from_dict(values, source, settings, fast)
 
 
 def preset_names() -> list[str]:
