@@ -80,6 +80,11 @@ def load(
     return Model(core, path, checkpoint.config)
 
 
+def find_model(name: StrPath) -> Path:
+    """The path that ``name`` means where a model is asked for: "bundled" is the one that ships."""
+    return bundled_model() if name == "bundled" else Path(name)
+
+
 def bundled_model() -> Path:
     """The model that ships with the package. Raises FileNotFoundError where it was left out."""
     folder = Path(__file__).parent / "models"

@@ -11,7 +11,8 @@ INPUTS = """\
 Inputs are files, folders or globs: .txt (documents end at a line <|endoftext|>; without one
 the file is one document), .jsonl, .json (a list of objects), .csv, .tsv and .parquet, each also
 with .gz or .zst. Of folders and globs only these are read; a file named in full that ends in
-something else is read as .txt. In records the text is --field, or else story, text or content.
+something else is read as .txt. In records the text is --field, or else story, text or content;
+records with prompt and completion are pairs, of which training learns the completions.
 """
 
 
@@ -66,12 +67,22 @@ def _register_prepare(verbs: argparse._SubParsersAction[argparse.ArgumentParser]
         description="Encode documents into memory-mapped token shards, each between begin and end\n"
         "of document, with a manifest and a validation split. A run that was stopped\n"
         "goes on where it was when started again.\n\n" + INPUTS,
-        epilog="example:\n  tinyllama data prepare clean.txt --tokenizer tok.model --out tokens",
+        epilog="examples:\n  tinyllama data prepare clean.txt --tokenizer tok.model --out tokens\n"
+        "  tinyllama data prepare pairs.jsonl --tokenizer bundled --out pairs",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_input_arguments(parser)
     parser.add_argument(
-        "--tokenizer", required=True, metavar="T", help="a .model file, or a folder with one"
+        "--instruct",
+        action="store_true",
+        help="texts are laid out as in TinyStories-Instruct: Words:, Features: and Summary: in any"
+        " order, then Story:, to where it is the prompt of a pair",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="T",
+        help="a .model file, or a model whose tokenizer to use (`bundled`: the one that ships)",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     held_out = parser.add_mutually_exclusive_group()
@@ -121,10 +132,11 @@ def run_check(args: argparse.Namespace) -> None:
 
 def run_prepare(args: argparse.Namespace) -> None:
     from ..data.shards import prepare
+    from ..loading import find_model
 
     manifest = prepare(
         args.inputs,
-        args.tokenizer,
+        find_model(args.tokenizer),
         args.out,
         valid=args.valid,
         valid_fraction=args.valid_fraction,
@@ -132,10 +144,12 @@ def run_prepare(args: argparse.Namespace) -> None:
         n_workers=(os.cpu_count() or 1) if args.workers is None else args.workers,
         field=args.field,
         separator=args.separator,
+        instruct=args.instruct,
         progress=True,
     )
     for name, split in manifest["splits"].items():
         documents, tokens, n_bytes = split["documents"], split["tokens"], split["bytes"]
         rate = f", {n_bytes / tokens:.2f} bytes per token" if tokens else ""
-        print(f"{name}: {documents:,} documents, {tokens:,} tokens{rate}")
+        pairs = f"; {split['pairs']:,} are pairs" if "pairs" in split else ""
+        print(f"{name}: {documents:,} documents, {tokens:,} tokens{rate}{pairs}")
     print(f"wrote {args.out}")

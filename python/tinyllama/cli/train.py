@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 
 EPILOG = """\
-A recipe is a preset, a TOML file, or chosen for a --size; --set changes single values of it. DATA
-is a folder made by `tinyllama data prepare`. Below RUN come checkpoints (Hugging Face directories
-step-…, the last two and the best kept), metrics.jsonl, samples.txt and loss.png.
+A recipe is a preset, a TOML file, chosen for a --size, or for going on --from a trained model;
+--set changes single values of it. DATA is a folder made by `tinyllama data prepare`; of pairs of
+prompt and completion only the completions are learned. Below RUN come checkpoints (Hugging Face
+directories step-…, the last two and the best kept), metrics.jsonl, samples.txt and loss.png.
 
 Ctrl-C saves and stops; the same command then goes on exactly where it was.
 
@@ -16,6 +17,7 @@ examples:
   tinyllama train --size 3M --data tokens --out run
   tinyllama train --preset stories15m --set batch_size=32 --data tokens --out run
   tinyllama train --config my.toml --data tokens --out run
+  tinyllama train --from bundled --data pairs --out tuned
   tinyllama train --resume --data tokens --out run
 """
 
@@ -35,6 +37,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--size",
         metavar="N",
         help="about so many parameters, such as 3M: shape, steps and learning rate are chosen",
+    )
+    recipe.add_argument(
+        "--from",
+        dest="start",
+        metavar="MODEL",
+        help="fine-tune a run, a .gguf file, a Hugging Face folder, or `bundled`, the model that"
+        " ships; DATA has to be prepared with its tokenizer",
     )
     recipe.add_argument("--config", metavar="FILE", help="a recipe as a TOML file")
     recipe.add_argument("--resume", action="store_true", help="the recipe of the run in RUN itself")
@@ -58,6 +67,13 @@ def train(args: argparse.Namespace) -> int:
         recipe = load_preset(args.preset, args.set)
     elif args.config:
         recipe = load_recipe(args.config, args.set)
+    elif args.start:
+        from ..train.checkpoint import read_start
+        from ..train.recipe import recipe_from_dict
+        from ..train.sizing import tuned_recipe
+
+        recipe = tuned_recipe(read_start(args.start).config, args.start)
+        recipe = recipe_from_dict(recipe.to_dict(), f"--from {args.start}", args.set)
     elif args.size:
         from ..train.batches import TokenFolder
         from ..train.recipe import recipe_from_dict

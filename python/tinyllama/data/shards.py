@@ -27,42 +27,39 @@ import numpy as np
 
 from ..errors import ArgumentError, FormatError, MissingExtraError, TinyllamaError
 from ..files import whole_file
-from ..formats.sentencepiece import open_processor, read_sentencepiece
-from .documents import SEPARATOR, Documents, PathLike
+from ..formats.sentencepiece import read_sentencepiece
+from .documents import SEPARATOR, Documents, Pair, PathLike
+from .encoding import Encoder, Encoding, choose_encoding
 
 UNIT_BYTES = 4 << 20
 SHARD_BYTES = 256 << 20
 SPLITS = ("train", "valid")
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """All that decides a document's tokens and its split; sent once to every process."""
-
-    model: bytes
-    bos_id: int
-    eos_id: int
-    dtype: str
-    valid_fraction: float
-    seed: int
-
-    def key(self) -> bytes:
-        rest = (self.bos_id, self.eos_id, self.dtype, self.valid_fraction, self.seed)
-        return hashlib.sha256(self.model + repr(rest).encode()).digest()
-
-
 @dataclass
 class Count:
-    """How much a split, a shard or a unit holds: documents, tokens, and bytes of their text."""
+    """How much a split, a shard or a unit holds: documents, tokens, and bytes of their text.
+
+    ``pairs`` are the documents with a prompt, ``prompt_bytes`` the part of ``bytes`` in prompts.
+    """
 
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
+    pairs: int = 0
+    prompt_bytes: int = 0
 
     def add(self, other: Count) -> None:
         self.documents += other.documents
         self.tokens += other.tokens
         self.bytes += other.bytes
+        self.pairs += other.pairs
+        self.prompt_bytes += other.prompt_bytes
+
+    def entry(self) -> dict[str, Any]:
+        """As the manifest has it: nothing is said of pairs where there are none."""
+        plain = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
+        return asdict(self) if self.pairs else plain
 
 
 def prepare(
@@ -76,21 +73,24 @@ def prepare(
     n_workers: int = 1,
     field: str | None = None,
     separator: str = SEPARATOR,
+    instruct: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Encode the documents of ``inputs`` into memory-mapped token shards in the folder ``out``.
 
     ``inputs``: files, folders or globs, as ``Documents`` reads them. ``tokenizer``: a
-    SentencePiece ``.model`` file, or a folder that holds ``tokenizer.model``. A document is in
+    SentencePiece ``.model`` file, or a model whose tokenizer is to be used. A document is in
     the validation split when a hash of its text and ``seed`` falls below ``valid_fraction``: its
     split never depends on its place, and equal documents (white space aside) share one. With
     ``valid``, all documents of those inputs are the validation split, and no others. Empty
     documents are left out.
 
     Shards ``train-00000.bin``, ``valid-00000.bin``, … are little-endian uint16 (uint32 for more
-    than 65,535 tokens), each document wrapped in BOS … EOS. The bytes do not depend on
-    ``n_workers``; with more than one, call this under ``if __name__ == "__main__"``. A killed run
-    that is started again goes on where it was.
+    than 65,535 tokens), each document wrapped in BOS … EOS. Where a split has pairs, ``….prompts``
+    beside a shard, little-endian int32, says how many tokens of each document, BOS with them, are
+    its prompt (0: it has none). The bytes do not depend on ``n_workers``; with more than one, call
+    this under ``if __name__ == "__main__"``. A killed run that is started again goes on where it
+    was.
 
     Returns the manifest that ``out/manifest.json`` holds. Raises ArgumentError for a split left
     without documents and values out of range, FormatError for unreadable text or tokenizers,
@@ -101,10 +101,12 @@ def prepare(
     if n_workers < 1:
         raise ArgumentError(f"n_workers is {n_workers}, expected at least 1")
     out = Path(out)
-    encoding = _encoding(tokenizer, 0.0 if valid is not None else valid_fraction, seed)
-    sources = [("train", Documents(inputs, field=field, separator=separator))]
+    valid_fraction = 0.0 if valid is not None else valid_fraction
+    encoding = choose_encoding(tokenizer, valid_fraction, seed)
+    form: dict[str, Any] = {"field": field, "separator": separator, "instruct": instruct}
+    sources = [("train", Documents(inputs, **form))]
     if valid is not None:
-        sources.append(("valid", Documents(valid, field=field, separator=separator)))
+        sources.append(("valid", Documents(valid, **form)))
     parts = _open_folder(out)
     try:
         names = _encode_sources(sources, encoding, parts, n_workers, progress)
@@ -113,7 +115,7 @@ def prepare(
     except (ArgumentError, FormatError):  # bad input leaves nothing behind
         _remove(parts)
         raise
-    for stale in (out / "manifest.json", *out.glob("*-[0-9]*.bin"), *out.glob(".*.part")):
+    for stale in (out / "manifest.json", *out.glob("*-[0-9]*.*"), *out.glob(".*.part")):
         stale.unlink(missing_ok=True)
     manifest = _manifest(encoding, names, counts, parts, out)
     with whole_file(out / "tokenizer.model") as file:
@@ -133,20 +135,6 @@ def is_validation(text: str, valid_fraction: float, seed: int) -> bool:
     """Whether a document belongs to the validation split: decided by its words and the seed."""
     mixed = hashlib.blake2b(text_key(text) + seed.to_bytes(8, "little", signed=True)).digest()
     return int.from_bytes(mixed[:8], "little") < valid_fraction * 2.0**64
-
-
-def _encoding(tokenizer: PathLike, valid_fraction: float, seed: int) -> Encoding:
-    path = Path(tokenizer)
-    if path.is_dir():
-        path = path / "tokenizer.model"
-    model = path.read_bytes()
-    vocabulary = read_sentencepiece(model, source=str(path))
-    for name in ("bos_id", "eos_id"):
-        if getattr(vocabulary, name) is None:
-            raise FormatError(f"{path}: the tokenizer has no {name}: documents need both ends")
-    assert vocabulary.bos_id is not None and vocabulary.eos_id is not None
-    dtype = "uint16" if len(vocabulary) <= 65535 else "uint32"
-    return Encoding(model, vocabulary.bos_id, vocabulary.eos_id, dtype, valid_fraction, seed)
 
 
 def _open_folder(out: Path) -> Path:
@@ -188,13 +176,13 @@ def _encode_sources(
     return names
 
 
-def _units(documents: Documents) -> Iterator[list[str]]:
-    unit: list[str] = []
+def _units(documents: Documents) -> Iterator[list[Pair]]:
+    unit: list[Pair] = []
     size = 0
-    for _, text in documents:
-        if text:
-            unit.append(text)
-            size += len(text.encode())
+    for _, pair in documents.pairs():
+        if pair.completion.strip():
+            unit.append(pair)
+            size += len("".join(pair).encode())
             if size >= UNIT_BYTES:
                 yield unit
                 unit, size = [], 0
@@ -203,7 +191,7 @@ def _units(documents: Documents) -> Iterator[list[str]]:
 
 
 def _encode_all(
-    units: Iterator[list[str]], split: str, encoding: Encoding, parts: Path, n_workers: int
+    units: Iterator[list[Pair]], split: str, encoding: Encoding, parts: Path, n_workers: int
 ) -> Iterator[str]:
     """Names of the units in order, each once it is on disk; few are in memory at a time."""
     key = encoding.key()
@@ -248,20 +236,20 @@ def _finished(entry: tuple[str, Future[None] | None]) -> str:
     return name
 
 
-def _unit_name(unit: list[str], split: str, key: bytes) -> str:
+def _unit_name(unit: list[Pair], split: str, key: bytes) -> str:
     digest = hashlib.sha256(key + split.encode())
-    for text in unit:
+    for text in (text for pair in unit for text in pair):
         data = text.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
 
 
-_worker: tuple[Any, Encoding]  # this process's sentencepiece processor and its settings
+_worker: Encoder  # this process's
 
 
 def _start_worker(encoding: Encoding) -> None:
     global _worker
-    _worker = open_processor(encoding.model), encoding
+    _worker = Encoder(encoding)
 
 
 def _start_process(encoding: Encoding) -> None:
@@ -278,23 +266,29 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_unit(unit: list[str], split: str, path: Path) -> None:
-    """Write ``path``.train, ``path``.valid and, last, ``path``.json with what they hold."""
-    processor, encoding = _worker
+def _encode_unit(unit: list[Pair], split: str, path: Path) -> None:
+    """Write ``path``.train, ``path``.valid, their prompts and, last, ``path``.json with counts."""
+    encoding = _worker.encoding
     counts = {name: Count() for name in SPLITS}
     pieces: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
-    for text in unit:
+    prompts: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for pair in unit:
+        text = "".join(pair)
         if split == "train" and is_validation(text, encoding.valid_fraction, encoding.seed):
             side = "valid"
         else:
             side = split
-        tokens = [encoding.bos_id, *processor.encode(text), encoding.eos_id]
+        tokens, n_prompt = _worker.encode(pair)
         pieces[side].append(np.array(tokens, np.dtype(encoding.dtype).newbyteorder("<")))
-        counts[side].add(Count(1, len(tokens), len(text.encode())))
-    for side, arrays in pieces.items():
+        prompts[side].append(n_prompt)
+        prompt_bytes = len(pair.prompt.encode())
+        counts[side].add(Count(1, len(tokens), len(text.encode()), int(n_prompt > 0), prompt_bytes))
+    for side in SPLITS:
         with whole_file(path.with_suffix(f".{side}")) as file:
-            for array in arrays:
+            for array in pieces[side]:
                 file.write(array.tobytes())
+        with whole_file(path.with_suffix(f".{side}.prompts")) as file:
+            file.write(np.array(prompts[side], "<i4").tobytes())
     with whole_file(path.with_suffix(".json")) as file:
         file.write(json.dumps({side: asdict(count) for side, count in counts.items()}).encode())
 
@@ -313,13 +307,19 @@ def _manifest(
 ) -> dict[str, Any]:
     splits: dict[str, Any] = {}
     for side in SPLITS:
+        total = _sum(unit[side] for unit in counts)
         shards = []
         for number, unit_range in enumerate(_shard_ranges(names, parts, side)):
+            units = [parts / f"{names[index]}.{side}" for index in unit_range]
             shard = out / f"{side}-{number:05d}.bin"
-            sha256 = _join([parts / f"{names[index]}.{side}" for index in unit_range], shard)
             count = _sum(counts[index][side] for index in unit_range)
-            shards.append({"file": shard.name, **asdict(count), "sha256": sha256})
-        splits[side] = {**asdict(_sum(unit[side] for unit in counts)), "shards": shards}
+            entry = {"file": shard.name, **count.entry(), "sha256": _join(units, shard)}
+            if total.pairs:
+                prompts = shard.with_suffix(".prompts")
+                digest = _join([Path(f"{unit}.prompts") for unit in units], prompts)
+                entry["prompts"] = {"file": prompts.name, "sha256": digest}
+            shards.append(entry)
+        splits[side] = {**total.entry(), "shards": shards}
     vocabulary = read_sentencepiece(encoding.model)
     return {
         "format": "tinyllama-tokens",

@@ -24,7 +24,8 @@ class Recipe:
     ``final_lr_fraction`` of its peak at ``steps``. ``optimizer="muon"`` trains the matrices of the
     layers by Muon at ``muon_learning_rate`` and everything else by AdamW at ``learning_rate``.
     ``every_*`` count steps; 0 switches the thing off. The last ``keep_checkpoints`` and the best
-    stay. ``init_from`` names a run or checkpoint whose weights are the starting point. With
+    stay. ``init_from`` names a run, or a model that ``load`` reads ("bundled": the one that ships),
+    whose weights are the starting point. With
     ``epochs``, ``steps`` follows from the data, which are seen so many times. ``dtype``,
     ``compile`` and ``device`` "auto" mean: bf16 where the processor multiplies it natively,
     compiled where a compiler is found, cuda before mps before cpu.

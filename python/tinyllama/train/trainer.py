@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ConfigError, FormatError, MissingExtraError, NonFiniteError
-from .batches import TokenFolder, Windows
+from .batches import UNSCORED, TokenFolder, Windows
 from .checkpoint import (
     Saver,
     TrainerState,
@@ -23,6 +23,7 @@ from .checkpoint import (
     load_optimizers,
     load_state,
     load_weights,
+    start_from,
     take_snapshot,
 )
 from .recipe import Recipe, recipe_from_dict
@@ -47,6 +48,7 @@ from .device import (
 )
 from .metrics import Metrics
 from .model import Llama
+from .pairs import PairWindows
 from .validate import tell, validate
 
 PROMPT = "Once upon a time"
@@ -82,7 +84,9 @@ class Trainer:
                 f"{folder.path}: the tokenizer has {folder.vocab_size} tokens,"
                 f" the recipe's model.vocab_size is {recipe.model.vocab_size}"
             )
-        self.windows = Windows(folder.split("train"), recipe.seq_len, recipe.seed)
+        split = folder.split("train")
+        kind = PairWindows if split.prompt.any() else Windows
+        self.windows = kind(split, recipe.seq_len, recipe.seed)
         self.recipe = recipe = recipe.for_windows(self.windows.windows_per_epoch)
         valid = folder.split("valid") if "valid" in folder.splits else None
         self.valid = valid if valid is not None and len(valid) else None
@@ -108,7 +112,7 @@ class Trainer:
                 _say(f"threads: {self.state.n_threads} before, now {torch.get_num_threads()}:"
                      " sums may round differently than in one go")  # fmt: skip
         elif recipe.init_from:
-            load_weights(find_checkpoint(recipe.init_from), self.model)
+            start_from(recipe.init_from, self.model, self.vocabulary)
         self.autocast = choose_autocast(recipe.dtype, device)
         self.loss = maybe_compiled(recipe.compile, device, self._loss)
         self.run.mkdir(parents=True, exist_ok=True)
@@ -161,18 +165,21 @@ class Trainer:
         return find_checkpoint(self.run)
 
     def step(self) -> float:
-        """One optimizer step: the mean loss of its tokens in nats.
+        """One optimizer step: the mean loss of its targets in nats.
 
         Its windows, dropout and learning rate follow from the recipe and the step alone.
         """
         recipe, step = self.recipe, self.state.step
         torch.manual_seed((recipe.seed << 32) + step)
+        first = step * recipe.grad_accum * recipe.batch_size
+        numbers = range(first, first + recipe.grad_accum * recipe.batch_size, recipe.batch_size)
+        batches = [self.windows.batch(n, recipe.batch_size) for n in numbers]
+        # Of the whole step: where prompts are masked, its parts do not hold equally many targets.
+        n_targets = max(1, sum(int((targets != UNSCORED).sum()) for _, targets in batches))
         total = 0.0
-        for i in range(recipe.grad_accum):
-            first = (step * recipe.grad_accum + i) * recipe.batch_size
-            windows = torch.from_numpy(self.windows.batch(first, recipe.batch_size))
-            windows = windows.to(self.model.tok_embed.device)
-            loss = self.loss(windows[:, :-1], windows[:, 1:]) / recipe.grad_accum
+        for batch in batches:
+            tokens, targets = (torch.from_numpy(x).to(self.model.cos.device) for x in batch)
+            loss = self.loss(tokens, targets) / n_targets
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         if not math.isfinite(total):
@@ -242,7 +249,9 @@ class Trainer:
 
     def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         logits = self._forward(tokens).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=UNSCORED, reduction="sum"
+        )
 
     def _describe(self) -> None:
         recipe, split = self.recipe, self.windows.split
