@@ -16,9 +16,10 @@ pytest.importorskip("safetensors")
 
 from tiny_training import CONFIG, RECIPE, VOCAB, same, weights, write_tokens  # noqa: E402
 from tinyllama.cli import main  # noqa: E402
+from tinyllama.data import check  # noqa: E402
 from tinyllama.data.documents import Documents, Pair  # noqa: E402
 from tinyllama.data.shards import prepare  # noqa: E402
-from tinyllama.errors import ConfigError, FormatError  # noqa: E402
+from tinyllama.errors import ArgumentError, ConfigError, FormatError  # noqa: E402
 from tinyllama.formats import read_checkpoint  # noqa: E402
 from tinyllama.formats.checkpoint import TokenType, Vocabulary  # noqa: E402
 from tinyllama.formats.gguf import gguf_bytes  # noqa: E402
@@ -116,6 +117,16 @@ def test_a_named_field_or_a_text_is_no_pair(tmp_path: Path) -> None:
     path.write_text('{"prompt": "a", "completion": 3}')
     with pytest.raises(FormatError, match="line 1: completion is number, expected text"):
         list(Documents(path))
+
+
+def test_check_reads_pairs_and_does_not_mend_them(tmp_path: Path) -> None:
+    pytest.importorskip("ftfy")
+    path = write_pairs(tmp_path / "p.jsonl", [("a", " b"), ("a", " b"), ("c", "d")])
+    report = check(path)
+    assert (report.documents, report.findings["duplicates"].count) == (3, 1)
+    with pytest.raises(ArgumentError, match="3 of the documents are pairs"):
+        check(path, repair=tmp_path / "mended.txt")
+    assert not (tmp_path / "mended.txt").exists()
 
 
 def test_instruct_layout_ends_its_prompt_at_story(tmp_path: Path) -> None:

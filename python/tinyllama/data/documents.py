@@ -71,6 +71,7 @@ class Documents:
         self.replace_invalid = replace_invalid
         #: bytes on disk in all files, and how many of them have been read: for progress bars
         self.size = sum(path.stat().st_size for path in self.paths)
+        self.n_pairs = 0  #: those with a prompt among the documents read so far
         self._finished = 0
         self._raw: io.BufferedReader | None = None
 
@@ -84,7 +85,7 @@ class Documents:
 
     def pairs(self) -> Iterator[tuple[str, Pair]]:
         """The same documents as (where, pair)."""
-        self._finished = 0
+        self._finished = self.n_pairs = 0
         for path in self.paths:
             with open(path, "rb") as raw:
                 self._raw = raw
@@ -95,6 +96,7 @@ class Documents:
                             pair = Pair("", pair.completion.strip())
                             if self.instruct and pair.completion:
                                 pair = split_instruct(pair.completion, where)
+                        self.n_pairs += bool(pair.prompt)
                         yield where, pair
                 except (EOFError, zlib.error, OSError) as error:
                     if isinstance(error, OSError) and error.errno is not None:

@@ -74,8 +74,9 @@ def check(
     left out, long ones cut at the last blank line, line or sentence that fits. It is written
     whole or not at all. Curly quotes, accents and widths stay as they are.
 
-    Raises ArgumentError when ``repair`` is one of the inputs or would hold nothing, FormatError
-    when an input's structure (JSON, CSV, Parquet, compression) is damaged.
+    Raises ArgumentError when ``repair`` is one of the inputs, would hold nothing or lose the
+    prompts of pairs, FormatError when an input's structure (JSON, CSV, Parquet, compression) is
+    damaged.
     """
     if max_bytes < 100:
         raise ArgumentError(f"max_bytes is {max_bytes}, expected at least 100")
@@ -103,6 +104,11 @@ def check(
                 report.written_bytes += len(data)
         if file is not None and not report.written_documents:
             raise ArgumentError("the repaired file would hold no document")
+        if file is not None and documents.n_pairs:
+            raise ArgumentError(
+                f"repair: {documents.n_pairs} of the documents are pairs of prompt and completion,"
+                " which a .txt file would not keep apart"
+            )
     return report
 
 
