@@ -95,7 +95,7 @@ class Recipe:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens whose loss one optimizer step averages."""
+        """Tokens of one optimizer step, which averages their loss, masked ones left out."""
         return self.batch_size * self.grad_accum * self.seq_len
 
     def for_windows(self, windows_per_epoch: int) -> Recipe:

@@ -178,7 +178,7 @@ class Trainer:
         n_targets = max(1, sum(int((targets != UNSCORED).sum()) for _, targets in batches))
         total = 0.0
         for batch in batches:
-            tokens, targets = (torch.from_numpy(x).to(self.model.cos.device) for x in batch)
+            tokens, targets = (torch.from_numpy(x).to(self.model.tok_embed.device) for x in batch)
             loss = self.loss(tokens, targets) / n_targets
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
@@ -255,12 +255,12 @@ class Trainer:
 
     def _describe(self) -> None:
         recipe, split = self.recipe, self.windows.split
-        tokens = recipe.steps * recipe.tokens_per_step
+        windows = recipe.steps * recipe.grad_accum * recipe.batch_size
         _say(
             f"{recipe.model.n_parameters / 1e6:.2f}M parameters on {self.model.tok_embed.device};"
             f" {len(split):,} documents, {split.n_tokens:,} tokens;"
             f" {recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens,"
-            f" {tokens / split.n_tokens:.1f} epochs; from step {self.state.step}"
+            f" {windows / self.windows.windows_per_epoch:.1f} epochs; from step {self.state.step}"
         )
 
 
