@@ -59,7 +59,7 @@ def test_only_the_text_is_read_of_a_record(folder):
     dataset = hub.HubDataset(f"hf:{folder},config=small")
     dataset.open()
     assert dataset.columns == ["id", "text"]
-    assert [list(record) for record in dataset.records("text")] == [["text"]] * 2
+    assert [list(record) for record in dataset.records(["text"])] == [["text"]] * 2
 
 
 def test_folders_that_were_saved_to_disk(tmp_path):
@@ -144,7 +144,7 @@ def test_a_network_that_fails_keeps_what_was_encoded(folder, tmp_path, monkeypat
     prepare(f"hf:{folder}", tmp_path / "t.model", tmp_path / "new", valid_fraction=0.2)
     for path in (tmp_path / "new").iterdir():
         assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
-    assert resumed == len(encoded) - resumed - len(kept) // 3
+    assert resumed == len(encoded) - resumed - len(kept) // 5
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch):

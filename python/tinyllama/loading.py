@@ -30,8 +30,9 @@ def load(
 ) -> Model:
     """Open a model.
 
-    ``path``: a GGUF file, a Hugging Face directory, a llama2.c ``.bin``, or the bytes of a GGUF
-    file; None: the model that ships with the package.
+    ``path``: a GGUF file, a Hugging Face directory, the directory of an adapter made by peft whose
+    base lies where it says, a llama2.c ``.bin``, or the bytes of a GGUF file; None: the model that
+    ships with the package.
     ``tokenizer``: for a ``.bin``, its ``tokenizer.bin`` or ``.model``; without it, one beside it.
     ``dtype``: keep the matrices as "f32", "bf16", "q8_0" or "q4_0" (embedding and output then
     as q8_0); None: as in the file (f16 as f32).
@@ -78,6 +79,11 @@ def load(
     data = gguf_bytes(checkpoint, dtype)
     core = _core.Model(data=data, name=checkpoint.source, **options)
     return Model(core, path, checkpoint.config)
+
+
+def find_model(name: StrPath) -> Path:
+    """The path that ``name`` means where a model is asked for: "bundled" is the one that ships."""
+    return bundled_model() if name == "bundled" else Path(name)
 
 
 def bundled_model() -> Path:

@@ -17,7 +17,8 @@ INPUTS = """\
 Inputs are files, folders or globs: .txt (documents end at a line <|endoftext|>; without one
 the file is one document), .jsonl, .json (a list of objects), .csv, .tsv and .parquet, each also
 with .gz or .zst. Of folders and globs only these are read; a file named in full that ends in
-something else is read as .txt. In records the text is --field, or else story, text or content.
+something else is read as .txt. In records the text is --field, or else story, text or content;
+records with prompt and completion are pairs, of which training learns the completions.
 
 hf:OWNER/NAME is a data set of the Hugging Face Hub, streamed (extra data); config, split (train
 unless named) and revision follow after commas: hf:roneneldan/TinyStories,split=validation. In
@@ -80,7 +81,7 @@ def _register_check(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " copy of the text)",
     )
     parser.add_argument(
-        "--tokenizer", metavar="T", help="count tokens: a .model file, or a folder with one"
+        "--tokenizer", metavar="T", help="count tokens: a .model file, or a model (`bundled`)"
     )
     parser.add_argument("--report", metavar="FILE.html", help="write the report as a page too")
     parser.add_argument(
@@ -102,12 +103,22 @@ def _register_prepare(verbs: argparse._SubParsersAction[argparse.ArgumentParser]
         "tinyllama train … --set weights.NAME=3 (see its --help).\n\n" + INPUTS,
         epilog="examples:\n  tinyllama data prepare clean.txt --tokenizer tok.model --out tokens\n"
         "  tinyllama data prepare stories=clean.txt books=books/ books=hf:owner/books \\\n"
-        "      --valid held_out.txt --tokenizer tok.model --out tokens",
+        "      --valid held_out.txt --tokenizer tok.model --out tokens\n"
+        "  tinyllama data prepare pairs.jsonl --tokenizer bundled --out pairs",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_input_arguments(parser)
     parser.add_argument(
-        "--tokenizer", required=True, metavar="T", help="a .model file, or a folder with one"
+        "--instruct",
+        action="store_true",
+        help="texts are laid out as in TinyStories-Instruct: Words:, Features: and Summary: in any"
+        " order, then Story:, to where it is the prompt of a pair",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        required=True,
+        metavar="T",
+        help="a .model file, or a model whose tokenizer to use (`bundled`: the one that ships)",
     )
     parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
     held_out = parser.add_mutually_exclusive_group()
@@ -134,6 +145,7 @@ def _register_prepare(verbs: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def run_check(args: argparse.Namespace) -> None:
     from ..data.checking import check
+    from ..loading import find_model
 
     if args.report:
         if not args.report.endswith(".html"):
@@ -143,7 +155,7 @@ def run_check(args: argparse.Namespace) -> None:
         args.inputs,
         repair=args.repair,
         near=args.near,
-        tokenizer=args.tokenizer,
+        tokenizer=args.tokenizer and find_model(args.tokenizer),
         max_bytes=args.max_bytes,
         field=args.field,
         separator=args.separator,
@@ -187,10 +199,11 @@ def _print_report(report: Report, repaired: bool) -> None:
 
 def run_prepare(args: argparse.Namespace) -> None:
     from ..data.shards import prepare
+    from ..loading import find_model
 
     manifest = prepare(
         args.inputs,
-        args.tokenizer,
+        find_model(args.tokenizer),
         args.out,
         valid=args.valid,
         valid_fraction=args.valid_fraction,
@@ -198,6 +211,7 @@ def run_prepare(args: argparse.Namespace) -> None:
         n_workers=(os.cpu_count() or 1) if args.workers is None else args.workers,
         field=args.field,
         separator=args.separator,
+        instruct=args.instruct,
         progress=True,
     )
     for name, split in manifest["splits"].items():
@@ -206,7 +220,8 @@ def run_prepare(args: argparse.Namespace) -> None:
             title = f"  {count['name']}" if "name" in count else name
             tokens = count["tokens"]
             rate = f", {count['bytes'] / tokens:.2f} bytes per token" if tokens else ""
-            print(f"{title}: {count['documents']:,} documents, {tokens:,} tokens{rate}")
+            pairs = f"; {count['pairs']:,} are pairs" if "pairs" in count else ""
+            print(f"{title}: {count['documents']:,} documents, {tokens:,} tokens{rate}{pairs}")
     if manifest["left_out"]:
         print(f"left out of train: {manifest['left_out']:,} documents that valid has")
     print(f"wrote {args.out}")

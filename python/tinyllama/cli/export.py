@@ -16,10 +16,12 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "with the source in torch (in NumPy where torch is not installed) on real text. What\n"
         "does not compute the same is not written.\n\n"
         "A source is a training run's folder (its best checkpoint), a Hugging Face folder, a\n"
-        ".gguf file, or llama2.c's .bin or .pt.",
+        ".gguf file, llama2.c's .bin or .pt, or the folder of an adapter (LoRA and others, by\n"
+        "peft), which is merged into its model.",
         epilog="examples:\n"
         "  tinyllama export run --out model.gguf --dtype q8_0\n"
         "  tinyllama export run --to hf my-model\n"
+        "  tinyllama export my-adapter --base my-model --out model.gguf\n"
         "  tinyllama export model.gguf --to llama2c model.bin",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -47,6 +49,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--tokenizer", metavar="FILE", help="tokenizer.bin or .model, for llama2.c's files"
     )
     parser.add_argument(
+        "--base",
+        metavar="DIR",
+        help="the Hugging Face folder that an adapter was trained on; default: the one it names",
+    )
+    parser.add_argument(
         "--text", metavar="FILE", help="text for the comparison; default: a short story"
     )
     parser.set_defaults(handler=run)
@@ -60,7 +67,9 @@ def run(args: argparse.Namespace) -> None:
     if to not in FORMATS:
         raise ArgumentError(f"--to {to}: unknown format; known: {', '.join(FORMATS)}")
     texts = None if args.text is None else (text for _, text in Documents(args.text))
-    report = export(args.source, out, to, args.dtype, tokenizer=args.tokenizer, texts=texts)
+    report = export(
+        args.source, out, to, args.dtype, tokenizer=args.tokenizer, base=args.base, texts=texts
+    )
     print(f"wrote {report.path}: {report.format}, {report.dtype}, {report.n_bytes:,} bytes")
     print(
         f"logits against {report.oracle} in float32 over {report.n_tokens:,} tokens:"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 
 EPILOG = """\
-A recipe is a preset, a TOML file, or chosen for a --size; --set changes single values of it. DATA
-is a folder made by `tinyllama data prepare`. Below RUN come checkpoints (Hugging Face directories
-step-…, the last two and the best kept), metrics.jsonl, samples.txt and loss.png.
+A recipe is a preset, a TOML file, chosen for a --size, or for going on --from a trained model;
+--set changes single values of it. DATA is a folder made by `tinyllama data prepare`; of pairs of
+prompt and completion only the completions are learned. Below RUN come checkpoints (Hugging Face
+directories step-…, the last two and the best kept), metrics.jsonl, samples.txt and loss.png.
 
 Where DATA has several sources, weights mix them: --set weights.NAME=3 sees each of its documents
 three times in an epoch, 0.5 half of them, 0 none; 1 is the default. Validation text is never
@@ -21,6 +22,7 @@ examples:
   tinyllama train --preset stories15m --set batch_size=32 --data tokens --out run
   tinyllama train --size 3M --set weights.stories=3 --data tokens --out run
   tinyllama train --config my.toml --data tokens --out run
+  tinyllama train --from bundled --data pairs --out tuned
   tinyllama train --resume --data tokens --out run
 
 on four devices of this machine, or processes where there is no GPU; on several machines with the
@@ -45,6 +47,13 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "--size",
         metavar="N",
         help="about so many parameters, such as 3M: shape, steps and learning rate are chosen",
+    )
+    recipe.add_argument(
+        "--from",
+        dest="start",
+        metavar="MODEL",
+        help="fine-tune a run, a .gguf file, a Hugging Face folder, or `bundled`, the model that"
+        " ships; DATA has to be prepared with its tokenizer",
     )
     recipe.add_argument("--config", metavar="FILE", help="a recipe as a TOML file")
     recipe.add_argument("--resume", action="store_true", help="the recipe of the run in RUN itself")
@@ -73,6 +82,13 @@ def train(args: argparse.Namespace) -> int:
         recipe = load_preset(args.preset, args.set, args.fast)
     elif args.config:
         recipe = load_recipe(args.config, args.set, args.fast)
+    elif args.start:
+        from ..train.checkpoint import read_start
+        from ..train.recipe import recipe_from_dict
+        from ..train.sizing import tuned_recipe
+
+        recipe = tuned_recipe(read_start(args.start).config, args.start)
+        recipe = recipe_from_dict(recipe.to_dict(), f"--from {args.start}", args.set)
     elif args.size:
         from ..train.batches import TokenFolder
         from ..train.recipe import recipe_from_dict

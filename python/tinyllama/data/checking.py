@@ -16,11 +16,12 @@ import numpy as np
 from ..errors import ArgumentError
 from ..files import whole_file, whole_folder
 from ..formats.checkpoint import TokenType
-from ..formats.sentencepiece import load_sentencepiece, open_processor
+from ..formats.sentencepiece import open_processor, read_sentencepiece
 from .documents import SEPARATOR, Documents, PathLike
+from .encoding import choose_encoding
 from .mending import cut, mend_encoding
 from .near import NearDuplicates
-from .shards import text_key, tokenizer_file
+from .shards import text_key
 
 # What is looked for: its title in the report, and what a repair does about it.
 FINDINGS = {
@@ -157,15 +158,16 @@ def check(
     aside), empty ones, and those longer than ``max_bytes`` of UTF-8. With ``near``, 0.5 to 1, also
     documents whose runs of five words are to so large a part (Jaccard index) those of an earlier
     one that is kept; the texts are written to a temporary file for it (see ``NearDuplicates``).
-    With ``tokenizer``, a ``.model`` file or a folder with one, tokens are counted.
+    With ``tokenizer``, a ``.model`` file or a model, tokens are counted.
 
     ``repair`` names a ``.txt`` file to write, or a new folder for a ``.txt`` file of each source:
     encoding mended, duplicates, near duplicates and empty documents left out, long ones cut at
     the last blank line, line or sentence that fits. It is written whole or not at all. Curly
     quotes, accents and widths stay as they are.
 
-    Raises ArgumentError when ``repair`` is one of the inputs or would hold nothing, FormatError
-    when an input's structure (JSON, CSV, Parquet, compression) is damaged.
+    Raises ArgumentError when ``repair`` is one of the inputs, would hold nothing or lose the
+    prompts of pairs, FormatError when an input's structure (JSON, CSV, Parquet, compression) is
+    damaged.
     """
     if max_bytes < 100:
         raise ArgumentError(f"max_bytes is {max_bytes}, expected at least 100")
@@ -198,6 +200,11 @@ def check(
                     files[documents.source].write(data + f"\n{separator}\n".encode())
         if files and not report.total.kept.documents:
             raise ArgumentError("the repaired file would hold no document")
+        if files and documents.n_pairs:
+            raise ArgumentError(
+                f"repair: {documents.n_pairs} of the documents are pairs of prompt and completion,"
+                " which a .txt file would not keep apart"
+            )
     return report
 
 
@@ -259,9 +266,9 @@ def _difference(before: str, after: str) -> str:
 
 
 def _token_counter(tokenizer: PathLike) -> Callable[[str, Tally], None]:
-    path = tokenizer_file(tokenizer)
-    types = load_sentencepiece(path).types
-    processor = open_processor(path.read_bytes())
+    model = choose_encoding(tokenizer, 0.0, 0).model
+    types = read_sentencepiece(model).types
+    processor = open_processor(model)
 
     def count(text: str, tally: Tally) -> None:
         kinds = types[np.array(processor.encode(text), np.int64)]

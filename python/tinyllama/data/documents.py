@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import ArgumentError, FormatError, MissingExtraError
 from .hub import PREFIX, HubDataset
@@ -21,8 +21,16 @@ from .hub import PREFIX, HubDataset
 SEPARATOR = "<|endoftext|>"
 AUTO_FIELDS = ("story", "text", "content")
 DEFAULT_SOURCE = "text"
+PAIR_FIELDS = ("prompt", "completion")
 
 PathLike = str | os.PathLike[str]
+
+
+class Pair(NamedTuple):
+    """What is given and what is to follow it, joined as they are; a plain text has no prompt."""
+
+    prompt: str
+    completion: str
 
 
 class Documents:
@@ -35,7 +43,8 @@ class Documents:
       So is a file read whose name, given in full, ends in something unknown here.
     - ``.jsonl``, ``.json`` (a list of objects or of strings), ``.csv``/``.tsv`` (with a header)
       and ``.parquet``: the value of ``field`` in each record; without ``field``, the first of
-      story, text and content that a record has. So in a data set, ``hf:…`` (see ``HubDataset``).
+      story, text and content that a record has, or else prompt and completion, a pair. So in a
+      data set, ``hf:…`` (see ``HubDataset``).
 
     Each file may end in ``.gz`` or ``.zst`` as well. A folder stands for all such files in it and
     below, sorted, a glob for those that it matches; a file named twice is read once. Memory holds
@@ -44,6 +53,8 @@ class Documents:
     An input that is a string may begin with ``NAME=``, letters, digits, ``_`` and ``-``: inputs of
     one name are a source, those without a name the source "text". Sources come one after another;
     ``source`` is the name of the one being read. No file may be in two.
+
+    Pairs keep their white space. With ``instruct`` each text becomes one: see ``split_instruct``.
 
     ``replace_invalid``: bytes that are not UTF-8 are taken as Windows-1252, and the callable is
     told (where, offset); without it they are a FormatError, like every damaged file, missing
@@ -58,6 +69,7 @@ class Documents:
         *,
         field: str | None = None,
         separator: str = SEPARATOR,
+        instruct: bool = False,
         replace_invalid: Callable[[str, int], None] | None = None,
         progress: str = "",
     ) -> None:
@@ -65,6 +77,7 @@ class Documents:
         self.source = ""
         self.field = field
         self.separator = separator
+        self.instruct = instruct
         self.replace_invalid = replace_invalid
         self.progress = progress
         items = [item for items in self.sources.values() for item in items]
@@ -73,6 +86,7 @@ class Documents:
         #: bytes on disk in all files, and how many of them have been read: for progress bars.
         #: Of a data set only the text counts, as it comes: with one, the size is not known.
         self.size = sum(p.stat().st_size for p in self.paths) if self.paths == items else None
+        self.n_pairs = 0  #: those with a prompt among the documents read so far
         self._finished = 0
         self._raw: io.BufferedReader | None = None
         for item in items:
@@ -84,6 +98,11 @@ class Documents:
         return self._finished + (self._raw.tell() if self._raw else 0)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
+        for where, pair in self.pairs():
+            yield where, pair.prompt + pair.completion
+
+    def pairs(self) -> Iterator[tuple[str, Pair]]:
+        """The same documents as (where, pair)."""
         if not self.progress:
             yield from self._read_all()
             return
@@ -99,8 +118,8 @@ class Documents:
                 bar.update(self.position - bar.n)
             bar.update(self.position - bar.n)
 
-    def _read_all(self) -> Iterator[tuple[str, str]]:
-        self._finished = 0
+    def _read_all(self) -> Iterator[tuple[str, Pair]]:
+        self._finished = self.n_pairs = 0
         for source, items in self.sources.items():
             self.source = source
             for item in items:
@@ -108,19 +127,23 @@ class Documents:
                     documents = self._read_hub(item)
                 else:
                     documents = self._read_file(item)
-                for record, text in documents:
-                    yield f"{item}: {record}", text.strip()
+                for record, pair in documents:
+                    where = f"{item}: {record}"
+                    if not pair.prompt:
+                        pair = Pair("", pair.completion.strip())
+                        if self.instruct and pair.completion:
+                            pair = split_instruct(pair.completion, where)
+                    self.n_pairs += bool(pair.prompt)
+                    yield where, pair
 
-    def _read_hub(self, hub: HubDataset) -> Iterator[tuple[str, str]]:
-        column = self.field
-        if hub.columns is not None:
-            column = _choose(hub.columns, self.field, str(hub))
-        for number, record in enumerate(hub.records(column), 1):
-            text = _text_of(record, column, f"{hub}: record {number}")
-            self._finished += len(text.encode())
-            yield f"record {number}", text
+    def _read_hub(self, hub: HubDataset) -> Iterator[tuple[str, Pair]]:
+        columns = _choose(hub.columns, self.field, str(hub)) if hub.columns is not None else None
+        for number, record in enumerate(hub.records(columns), 1):
+            pair = _pair_of(record, self.field, f"{hub}: record {number}")
+            self._finished += len("".join(pair).encode())
+            yield f"record {number}", pair
 
-    def _read_file(self, path: Path) -> Iterator[tuple[str, str]]:
+    def _read_file(self, path: Path) -> Iterator[tuple[str, Pair]]:
         with open(path, "rb") as raw:
             self._raw = raw
             try:
@@ -133,7 +156,7 @@ class Documents:
                 self._raw = None
         self._finished += path.stat().st_size
 
-    def _read(self, path: Path, raw: io.BufferedReader) -> Iterator[tuple[str, str]]:
+    def _read(self, path: Path, raw: io.BufferedReader) -> Iterator[tuple[str, Pair]]:
         kind, compression = _kind(path)
         stream = _decompressed(raw, compression)
         if kind is None and b"\0" in stream.peek(8192):  # as git tells them from text
@@ -152,6 +175,21 @@ class Documents:
         if kind == "json":
             return _read_json(lines, self.field, path)
         return _read_csv(lines, self.field, path, "\t" if kind == "tsv" else ",")
+
+
+def split_instruct(text: str, where: str) -> Pair:
+    """A text in TinyStories-Instruct's layout, cut behind ``Story:``.
+
+    Lines that begin with Words:, Features:, Summary: or Random sentence:, in any order, then one
+    that begins with Story: (Eldan and Li, arXiv 2305.07759). Raises FormatError for another text.
+    """
+    match = re.match(r"(?:Words|Features|Summary|Random sentence):.*?^Story:", text, re.M | re.S)
+    if match is None:
+        raise FormatError(
+            f"{where}: not in the layout of TinyStories-Instruct: Words:, Features: or Summary: at"
+            f" its beginning, then a line with Story:; it begins {text[:40]!r}"
+        )
+    return Pair(match[0], text[match.end() :])
 
 
 KINDS = {
@@ -275,21 +313,21 @@ def _lines(
         yield text
 
 
-def _read_text(lines: Iterator[str], separator: str) -> Iterator[tuple[str, str]]:
+def _read_text(lines: Iterator[str], separator: str) -> Iterator[tuple[str, Pair]]:
     first, gathered = 1, list[str]()
     number = 0
     for number, line in enumerate(lines, 1):
         if line.strip() == separator:
-            yield f"line {first}", "".join(gathered)
+            yield f"line {first}", Pair("", "".join(gathered))
             first, gathered = number + 1, []
         else:
             gathered.append(line)
     # What follows the last separator is a document only if there is something.
     if text := "".join(gathered).strip():
-        yield f"line {first}", text
+        yield f"line {first}", Pair("", text)
 
 
-def _read_jsonl(lines: Iterator[str], field: str | None, path: Path) -> Iterator[tuple[str, str]]:
+def _read_jsonl(lines: Iterator[str], field: str | None, path: Path) -> Iterator[tuple[str, Pair]]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -298,10 +336,10 @@ def _read_jsonl(lines: Iterator[str], field: str | None, path: Path) -> Iterator
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise FormatError(f"{path}: {where}: not JSON: {error}") from None
-        yield where, _text_of(record, field, f"{path}: {where}")
+        yield where, _pair_of(record, field, f"{path}: {where}")
 
 
-def _read_json(lines: Iterator[str], field: str | None, path: Path) -> Iterator[tuple[str, str]]:
+def _read_json(lines: Iterator[str], field: str | None, path: Path) -> Iterator[tuple[str, Pair]]:
     try:
         records = json.loads("".join(lines))
     except (ValueError, RecursionError) as error:
@@ -310,12 +348,12 @@ def _read_json(lines: Iterator[str], field: str | None, path: Path) -> Iterator[
         raise FormatError(f"{path}: holds a JSON {_json_name(records)}, expected a list of objects")
     for number, record in enumerate(records, 1):
         where = f"record {number}"
-        yield where, _text_of(record, field, f"{path}: {where}")
+        yield where, _pair_of(record, field, f"{path}: {where}")
 
 
 def _read_csv(
     lines: Iterator[str], field: str | None, path: Path, delimiter: str
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[tuple[str, Pair]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 128 KiB
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
@@ -323,12 +361,12 @@ def _read_csv(
             where = f"record {number}"
             if None in record:
                 raise FormatError(f"{path}: {where}: more values than the header has names")
-            yield where, _text_of(record, field, f"{path}: {where}")
+            yield where, _pair_of(record, field, f"{path}: {where}")
     except csv.Error as error:
         raise FormatError(f"{path}: line {reader.reader.line_num}: damaged CSV: {error}") from None
 
 
-def _read_parquet(stream: BinaryIO, field: str | None, path: Path) -> Iterator[tuple[str, str]]:
+def _read_parquet(stream: BinaryIO, field: str | None, path: Path) -> Iterator[tuple[str, Pair]]:
     try:
         import pyarrow.lib
         import pyarrow.parquet
@@ -336,36 +374,41 @@ def _read_parquet(stream: BinaryIO, field: str | None, path: Path) -> Iterator[t
         raise MissingExtraError("pyarrow", "train") from None
     try:
         file = pyarrow.parquet.ParquetFile(stream)
-        column = _choose(file.schema_arrow.names, field, str(path))
+        columns = list(_choose(file.schema_arrow.names, field, str(path)))
         number = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
-            for value in batch.column(0).to_pylist():
+        for batch in file.iter_batches(batch_size=1024, columns=columns):
+            for record in batch.to_pylist():
                 number += 1
                 where = f"record {number}"
-                yield where, _text_of({column: value}, column, f"{path}: {where}")
+                yield where, _pair_of(record, field, f"{path}: {where}")
     except pyarrow.lib.ArrowException as error:
         raise FormatError(f"{path}: damaged Parquet data: {error}") from None
 
 
-def _choose(names: Iterable[Any], field: str | None, where: str) -> str:
+def _choose(names: Iterable[Any], field: str | None, where: str) -> tuple[str, ...]:
+    """The field that holds the text, or those that hold prompt and completion."""
     names = list(names)
     for name in (field,) if field is not None else AUTO_FIELDS:
         if name in names:
-            return name
-    wanted = f"field {field!r}" if field is not None else f"any of {', '.join(AUTO_FIELDS)}"
+            return (name,)
+    if field is None and all(name in names for name in PAIR_FIELDS):
+        return PAIR_FIELDS
+    known = f"{', '.join(AUTO_FIELDS)}, or {' and '.join(PAIR_FIELDS)}"
+    wanted = f"field {field!r}" if field is not None else f"any of {known}"
     has = ", ".join(map(str, names)) or "no fields"
     raise FormatError(f"{where}: does not have {wanted}: it has {has} (name one with --field)")
 
 
-def _text_of(record: Any, field: str | None, where: str) -> str:
+def _pair_of(record: Any, field: str | None, where: str) -> Pair:
     if isinstance(record, str) and field is None:
-        text: Any = record
-        name = "the record"
-    elif isinstance(record, dict):
-        name = _choose(record, field, where)
-        text = record[name]
-    else:
+        return Pair("", _checked(record, "the record", where))
+    if not isinstance(record, dict):
         raise FormatError(f"{where}: holds a JSON {_json_name(record)}, expected an object")
+    texts = [_checked(record[name], name, where) for name in _choose(record, field, where)]
+    return Pair("", *texts) if len(texts) == 1 else Pair(*texts)
+
+
+def _checked(text: Any, name: str, where: str) -> str:
     if not isinstance(text, str):
         raise FormatError(f"{where}: {name} is {_json_name(text)}, expected text")
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,14 +74,14 @@ class HubDataset:
         names: list[str] | None = self._dataset.column_names
         return names
 
-    def records(self, column: str | None) -> Iterator[dict[str, Any]]:
-        """The records in order, with no more than ``column`` where the fields are known.
+    def records(self, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+        """The records in order, with no more than ``columns`` where the fields are known.
 
         Raises FormatError for damaged data, OSError when the hub cannot be reached any more.
         """
         dataset = self._dataset
-        if self.columns is not None and column is not None:
-            dataset = dataset.select_columns([column])  # others may be pictures or sound
+        if self.columns is not None and columns is not None:
+            dataset = dataset.select_columns(list(columns))  # others may be pictures or sound
         try:
             yield from dataset
         except OSError as error:

@@ -28,50 +28,47 @@ import numpy as np
 
 from ..errors import ArgumentError, FormatError, TinyllamaError
 from ..files import whole_file
-from ..formats.sentencepiece import open_processor, read_sentencepiece
-from .documents import SEPARATOR, Documents, PathLike
+from ..formats.sentencepiece import read_sentencepiece
+from .documents import SEPARATOR, Documents, Pair, PathLike
+from .encoding import Encoder, Encoding, choose_encoding
 
 UNIT_BYTES = 4 << 20
 SHARD_BYTES = 256 << 20
 SPLITS = ("train", "valid")
 
 
-@dataclass(frozen=True)
-class Encoding:
-    """All that decides a document's tokens and its split; sent once to every process."""
-
-    model: bytes
-    bos_id: int
-    eos_id: int
-    dtype: str
-    valid_fraction: float
-    seed: int
-
-    def key(self) -> bytes:
-        rest = (self.bos_id, self.eos_id, self.dtype, self.valid_fraction, self.seed)
-        return hashlib.sha256(self.model + repr(rest).encode()).digest()
-
-
 @dataclass
 class Count:
-    """How much a split, a source, a shard or a unit holds; bytes are those of the text."""
+    """How much a split, a source, a shard or a unit holds; bytes are those of the text.
+
+    ``pairs`` are the documents with a prompt, ``prompt_bytes`` the part of ``bytes`` in prompts.
+    """
 
     documents: int = 0
     tokens: int = 0
     bytes: int = 0
+    pairs: int = 0
+    prompt_bytes: int = 0
 
     def add(self, other: Count) -> None:
         self.documents += other.documents
         self.tokens += other.tokens
         self.bytes += other.bytes
+        self.pairs += other.pairs
+        self.prompt_bytes += other.prompt_bytes
+
+    def entry(self) -> dict[str, Any]:
+        """As the manifest has it: nothing is said of pairs where there are none."""
+        plain = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
+        return asdict(self) if self.pairs else plain
 
 
 class Unit(NamedTuple):
-    """Texts of one source that are encoded together, and the split they are for."""
+    """Documents of one source that are encoded together, and the split they are for."""
 
     split: str
     source: str
-    texts: list[str]
+    pairs: list[Pair]
 
 
 class Encoded(NamedTuple):
@@ -93,21 +90,25 @@ def prepare(
     n_workers: int = 1,
     field: str | None = None,
     separator: str = SEPARATOR,
+    instruct: bool = False,
     progress: bool = False,
 ) -> dict[str, Any]:
     """Encode the documents of ``inputs`` into memory-mapped token shards in the folder ``out``.
 
     ``inputs``: what ``Documents`` reads; the manifest tells how much came of each source, and
-    training may weight them. ``tokenizer``: a SentencePiece ``.model`` file, or a folder that holds
-    ``tokenizer.model``. A document is in the validation split when a hash of its text and ``seed``
-    falls below ``valid_fraction``: its split never depends on its place, and equal documents (white
-    space aside) share one. With ``valid``, the documents of those inputs are the validation split,
-    and left out where ``inputs`` has them too (the manifest's ``left_out``), as empty ones are.
+    training may weight them. ``tokenizer``: a SentencePiece ``.model`` file, or a model whose
+    tokenizer is to be used. A document is in the validation split when a hash of its text and
+    ``seed`` falls below ``valid_fraction``: its split never depends on its place, and equal
+    documents (white space aside) share one. With ``valid``, the documents of those inputs are the
+    validation split, and left out where ``inputs`` has them too (the manifest's ``left_out``), as
+    empty ones are.
 
     Shards ``train-00000.bin``, ``valid-00000.bin``, … are little-endian uint16 (uint32 for more
-    than 65,535 tokens), each document wrapped in BOS … EOS, the sources one after another. The
-    bytes do not depend on ``n_workers``; with more than one, call this under ``if __name__ ==
-    "__main__"``. A killed run that is started again goes on where it was.
+    than 65,535 tokens), each document wrapped in BOS … EOS, the sources one after another. Where a
+    split has pairs, ``….prompts`` beside a shard, little-endian int32, says how many tokens of each
+    document, BOS with them, are its prompt (0: it has none). The bytes do not depend on
+    ``n_workers``; with more than one, call this under ``if __name__ == "__main__"``. A killed run
+    that is started again goes on where it was.
 
     Returns the manifest that ``out/manifest.json`` holds. Raises ArgumentError for a split left
     without documents and values out of range, FormatError for unreadable text or tokenizers,
@@ -118,11 +119,13 @@ def prepare(
     if n_workers < 1:
         raise ArgumentError(f"n_workers is {n_workers}, expected at least 1")
     out = Path(out)
-    encoding = _encoding(tokenizer, 0.0 if valid is not None else valid_fraction, seed)
+    valid_fraction = 0.0 if valid is not None else valid_fraction
+    encoding = choose_encoding(tokenizer, valid_fraction, seed)
+    form: dict[str, Any] = {"field": field, "separator": separator, "instruct": instruct}
     # Validation text first, so that it is known when the other is read.
     given = {"train": inputs} if valid is None else {"valid": valid, "train": inputs}
     splits = {
-        split: Documents(text, field=field, separator=separator, progress=split if progress else "")
+        split: Documents(text, progress=split if progress else "", **form)
         for split, text in given.items()
     }
     parts = _open_folder(out)
@@ -154,23 +157,6 @@ def is_validation(text: str, valid_fraction: float, seed: int) -> bool:
     return int.from_bytes(mixed[:8], "little") < valid_fraction * 2.0**64
 
 
-def tokenizer_file(path: PathLike) -> Path:
-    """The ``.model`` file that ``path`` names: itself, or ``tokenizer.model`` in the folder."""
-    return Path(path) / "tokenizer.model" if Path(path).is_dir() else Path(path)
-
-
-def _encoding(tokenizer: PathLike, valid_fraction: float, seed: int) -> Encoding:
-    path = tokenizer_file(tokenizer)
-    model = path.read_bytes()
-    vocabulary = read_sentencepiece(model, source=str(path))
-    for name in ("bos_id", "eos_id"):
-        if getattr(vocabulary, name) is None:
-            raise FormatError(f"{path}: the tokenizer has no {name}: documents need both ends")
-    assert vocabulary.bos_id is not None and vocabulary.eos_id is not None
-    dtype = "uint16" if len(vocabulary) <= 65535 else "uint32"
-    return Encoding(model, vocabulary.bos_id, vocabulary.eos_id, dtype, valid_fraction, seed)
-
-
 def _open_folder(out: Path) -> Path:
     """The folder for units. What an earlier run left in ``out`` stays until all units exist."""
     parts = out / ".units"
@@ -193,24 +179,25 @@ def _remove(parts: Path) -> None:
 def _units(splits: dict[str, Documents], left_out: Count) -> Iterator[Unit]:
     held_out: set[bytes] = set()
     for split, documents in splits.items():
-        for source, group in groupby(documents, lambda _: documents.source):  # noqa: B023
-            texts: list[str] = []
+        for source, group in groupby(documents.pairs(), lambda _: documents.source):  # noqa: B023
+            pairs: list[Pair] = []
             size = 0
-            for _, text in group:
-                if not text:
+            for _, pair in group:
+                if not pair.completion.strip():
                     continue
+                text = "".join(pair)
                 if split == "valid":
                     held_out.add(text_key(text))
                 elif held_out and text_key(text) in held_out:
                     left_out.documents += 1
                     continue
-                texts.append(text)
+                pairs.append(pair)
                 size += len(text.encode())
                 if size >= UNIT_BYTES:
-                    yield Unit(split, source, texts)
-                    texts, size = [], 0
-            if texts:
-                yield Unit(split, source, texts)
+                    yield Unit(split, source, pairs)
+                    pairs, size = [], 0
+            if pairs:
+                yield Unit(split, source, pairs)
 
 
 def _encode_all(
@@ -261,18 +248,18 @@ def _finished(entry: tuple[tuple[str, str], Future[None] | None]) -> tuple[str, 
 
 def _unit_name(unit: Unit, key: bytes) -> str:
     digest = hashlib.sha256(key + unit.split.encode())
-    for text in unit.texts:
+    for text in (text for pair in unit.pairs for text in pair):
         data = text.encode()
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
 
 
-_worker: tuple[Any, Encoding]  # this process's sentencepiece processor and its settings
+_worker: Encoder  # this process's
 
 
 def _start_worker(encoding: Encoding) -> None:
     global _worker
-    _worker = open_processor(encoding.model), encoding
+    _worker = Encoder(encoding)
 
 
 def _start_process(encoding: Encoding) -> None:
@@ -290,21 +277,26 @@ def _end_with_parent() -> None:
 
 
 def _encode_unit(unit: Unit, path: Path) -> None:
-    """Write ``path``.train, ``path``.valid and, last, ``path``.json with what they hold."""
-    processor, encoding = _worker
+    """Write ``path``.train, ``path``.valid, their prompts and, last, ``path``.json with counts."""
+    encoding = _worker.encoding
     counts = {name: Count() for name in SPLITS}
     pieces: dict[str, list[np.ndarray]] = {name: [] for name in SPLITS}
-    for text in unit.texts:
-        side = unit.split
+    prompts: dict[str, list[int]] = {name: [] for name in SPLITS}
+    for pair in unit.pairs:
+        side, text = unit.split, "".join(pair)
         if side == "train" and is_validation(text, encoding.valid_fraction, encoding.seed):
             side = "valid"
-        tokens = [encoding.bos_id, *processor.encode(text), encoding.eos_id]
+        tokens, n_prompt = _worker.encode(pair)
         pieces[side].append(np.array(tokens, np.dtype(encoding.dtype).newbyteorder("<")))
-        counts[side].add(Count(1, len(tokens), len(text.encode())))
-    for side, arrays in pieces.items():
+        prompts[side].append(n_prompt)
+        prompt_bytes = len(pair.prompt.encode())
+        counts[side].add(Count(1, len(tokens), len(text.encode()), int(n_prompt > 0), prompt_bytes))
+    for side in SPLITS:
         with whole_file(path.with_suffix(f".{side}")) as file:
-            for array in arrays:
+            for array in pieces[side]:
                 file.write(array.tobytes())
+        with whole_file(path.with_suffix(f".{side}.prompts")) as file:
+            file.write(np.array(prompts[side], "<i4").tobytes())
     with whole_file(path.with_suffix(".json")) as file:
         file.write(json.dumps({side: asdict(count) for side, count in counts.items()}).encode())
 
@@ -318,21 +310,28 @@ def _write_shards(
     encoding: Encoding, units: list[Encoded], parts: Path, out: Path
 ) -> dict[str, Any]:
     """Replace what ``out`` holds by the shards of ``units``: the manifest, still to be written."""
-    for stale in (out / "manifest.json", *out.glob("*-[0-9]*.bin"), *out.glob(".*.part")):
+    for stale in (out / "manifest.json", *out.glob("*-[0-9]*.*"), *out.glob(".*.part")):
         stale.unlink(missing_ok=True)
     splits: dict[str, Any] = {}
     for side in SPLITS:
+        total = _sum(units, side)
         shards = []
         for number, members in enumerate(_shards(units, parts, side)):
             shard = out / f"{side}-{number:05d}.bin"
-            sha256 = _join([parts / f"{unit.name}.{side}" for unit in members], shard)
-            shards.append({"file": shard.name, **asdict(_sum(members, side)), "sha256": sha256})
+            files = [parts / f"{unit.name}.{side}" for unit in members]
+            count = _sum(members, side).entry()
+            entry = {"file": shard.name, **count, "sha256": _join(files, shard)}
+            if total.pairs:
+                prompts = shard.with_suffix(".prompts")
+                digest = _join([Path(f"{file}.prompts") for file in files], prompts)
+                entry["prompts"] = {"file": prompts.name, "sha256": digest}
+            shards.append(entry)
         sources = []
         for name, of_source in groupby(units, lambda unit: unit.source):
-            count = _sum(of_source, side)
-            if count.documents:
-                sources.append({"name": name, **asdict(count)})
-        splits[side] = {**asdict(_sum(units, side)), "sources": sources, "shards": shards}
+            of_side = _sum(of_source, side)
+            if of_side.documents:
+                sources.append({"name": name, **of_side.entry()})
+        splits[side] = {**total.entry(), "sources": sources, "shards": shards}
     vocabulary = read_sentencepiece(encoding.model)
     return {
         "format": "tinyllama-tokens",

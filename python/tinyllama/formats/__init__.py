@@ -12,21 +12,24 @@ __all__ = ["read_checkpoint", "read_vocabulary"]
 
 KNOWN = (
     "known: a GGUF file, a Hugging Face folder (config.json, model.safetensors, tokenizer),"
-    " a training run's folder, llama2.c's .bin and .pt"
+    " a training run's folder, a folder with an adapter of peft, llama2.c's .bin and .pt"
 )
 
 
 def read_checkpoint(
-    path: str | os.PathLike[str] | bytes, tokenizer: str | os.PathLike[str] | None = None
+    path: str | os.PathLike[str] | bytes,
+    tokenizer: str | os.PathLike[str] | None = None,
+    base: str | os.PathLike[str] | None = None,
 ) -> Checkpoint:
     """Read a model of any known format, recognised by its first bytes, or given as bytes.
 
     Of the folder of a training run the best checkpoint is read (``BEST``, else ``LATEST``).
 
-    ``tokenizer``: for llama2.c's files, which hold none; see ``llama2c.read_llama2c``.
+    ``tokenizer``: for llama2.c's files, which hold none; see ``llama2c.read_llama2c``. ``base``:
+    for an adapter of peft, the model it was trained on; see ``adapter.load_adapter``.
 
     Raises OSError when there is no such file, FormatError when it is of no known format or
-    damaged, ArgumentError when ``tokenizer`` is given for a file that holds its own.
+    damaged, ArgumentError when ``tokenizer`` or ``base`` is given for what needs none.
     """
     from .llama2c import is_versioned, read_llama2c
 
@@ -38,6 +41,12 @@ def read_checkpoint(
         with open(path, "rb") as stream:
             head, suffix, source = stream.read(4), Path(path).suffix, str(path)
 
+    if suffix == "folder" and (Path(source) / "adapter_config.json").is_file():
+        from .adapter import load_adapter
+
+        return load_adapter(source, base)
+    if base is not None:
+        raise ArgumentError(f"{source}: base is given, but this is no adapter")
     if is_versioned(head) or (suffix == ".bin" and head != b"GGUF"):
         return read_llama2c(path, tokenizer)
     if head == b"PK\3\4" and suffix != "folder" and not isinstance(path, bytes):

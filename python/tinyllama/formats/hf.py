@@ -70,8 +70,7 @@ def load_hf(folder: PathLike) -> Checkpoint:
             raise FormatError(
                 f"{source}: tensor {hf_name(name)} has shape {tensor.shape}, expected {shape}"
             )
-        kind = name.rsplit(".", 1)[-1]
-        tensors[name] = _to_interleaved(tensor, config) if kind in ("wq", "wk") else tensor
+        tensors[name] = from_hf(name, tensor, config)
     for name in stored:
         if not name.endswith("rotary_emb.inv_freq"):  # a table that follows from the config
             raise FormatError(f"{source}: unknown tensor {name}")
@@ -109,6 +108,11 @@ def hf_name(name: str) -> str:
         return _TOP_NAMES[name]
     _, layer, kind = name.split(".")
     return f"model.layers.{layer}.{_LAYER_NAMES[kind]}.weight"
+
+
+def from_hf(name: str, tensor: np.ndarray, config: Config) -> np.ndarray:
+    """A Hugging Face model's tensor as a Checkpoint holds the one of that ``name``."""
+    return _to_interleaved(tensor, config) if name.endswith((".wq", ".wk")) else tensor
 
 
 def _to_interleaved(tensor: np.ndarray, config: Config) -> np.ndarray:

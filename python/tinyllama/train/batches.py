@@ -13,6 +13,8 @@ import numpy as np
 
 from ..errors import ConfigError, FormatError
 
+UNSCORED = -100  # a target that is no target: what torch's cross_entropy passes over
+
 
 class TokenFolder:
     """A folder made by ``tinyllama data prepare``: its manifest, checked, and its splits.
@@ -50,16 +52,19 @@ class TokenFolder:
 class Split:
     """The documents of one split: memory-mapped tokens and where each document lies in them.
 
-    ``shard``, ``start``, ``length``: int arrays (n_documents,). A document is BOS … EOS.
-    ``sources``: the number of documents of each source, by name, in the order in which they lie.
+    ``shard``, ``start``, ``length``, ``prompt``: int arrays (n_documents,). A document is
+    BOS … EOS; its first ``prompt`` tokens are given, not learned. ``n_bytes`` counts the UTF-8 of
+    what is learned. ``sources``: the number of documents of each source, by name, in the order
+    in which they lie.
     """
 
     def __init__(self, folder: TokenFolder, name: str) -> None:
         entry = folder.splits[name]
         self.name = f"{folder.path}, split {name}"
-        self.n_bytes = int(entry["bytes"])
+        self.n_bytes = int(entry["bytes"]) - int(entry.get("prompt_bytes", 0))
         self.shards: list[np.ndarray] = []
         where: list[np.ndarray] = []
+        prompts = [np.zeros(0, np.int32)]
         for shard in entry["shards"]:
             file = folder.path / shard["file"]
             size = file.stat().st_size
@@ -79,10 +84,12 @@ class Split:
             length = np.diff(np.append(start, len(tokens)))
             where.append(np.stack((np.full_like(start, len(self.shards)), start, length)))
             self.shards.append(tokens)
+            prompts.append(_read_prompts(folder.path, shard, length))
         table = np.concatenate(where, axis=1) if where else np.zeros((3, 0), np.int64)
         self.shard: np.ndarray = table[0]
         self.start: np.ndarray = table[1]
         self.length: np.ndarray = table[2]
+        self.prompt: np.ndarray = np.concatenate(prompts)
         self.n_tokens = int(self.length.sum())
         # Folders made before there were sources do not name any.
         named = entry.get("sources", [{"name": "text", "documents": len(self)}])
@@ -102,6 +109,23 @@ class Split:
         begin = int(self.start[i])
         tokens: np.ndarray = self.shards[self.shard[i]][begin + first : begin + last]
         return np.array(tokens, np.int64)
+
+    def targets(self, i: int, first: int, last: int) -> np.ndarray:
+        """What is to be learned of :meth:`document`'s tokens: those of the prompt are UNSCORED."""
+        tokens = self.document(i, first, last)
+        tokens[: max(0, int(self.prompt[i]) - first)] = UNSCORED
+        return tokens
+
+
+def _read_prompts(folder: Path, shard: dict[str, Any], length: np.ndarray) -> np.ndarray:
+    """How many tokens of each of a shard's documents are its prompt: int32."""
+    if "prompts" not in shard:
+        return np.zeros(len(length), np.int32)
+    file = folder / shard["prompts"]["file"]
+    prompts = np.fromfile(file, "<i4")
+    if len(prompts) != len(length) or (prompts < 0).any() or (prompts >= length).any():
+        raise FormatError(f"{file}: not the lengths of the prompts in {shard['file']}")
+    return prompts
 
 
 class Windows:
@@ -131,9 +155,10 @@ class Windows:
             )
         self._epoch = -1
 
-    def batch(self, first: int, count: int) -> np.ndarray:
-        """Windows ``first`` to ``first + count``: int64 (count, seq_len + 1)."""
-        return np.stack([self._window(n) for n in range(first, first + count)])
+    def batch(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens and targets of windows ``first`` to ``first + count``: int64 (count, seq_len)."""
+        windows = np.stack([self._window(n) for n in range(first, first + count)])
+        return windows[:, :-1], windows[:, 1:]
 
     def _window(self, n: int) -> np.ndarray:
         epoch, index = divmod(n, self.windows_per_epoch)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,9 +21,11 @@ from concurrent import futures
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FormatError
+from ..errors import ConfigError, FormatError
 from ..files import whole_file, whole_folder
+from ..formats import read_checkpoint
 from ..formats.checkpoint import Checkpoint
+from ..loading import find_model
 from .distributed import shared_like, whole
 from .model import Llama, state_to_tensors, tensors_to_state
 
@@ -234,6 +237,37 @@ def load_weights(folder: Path, model: Llama) -> None:
 
     state = tensors_to_state(load_hf(folder).tensors, model.config, str(folder))
     model.load_state_dict(state)
+
+
+def read_start(name: str) -> Checkpoint:
+    """What a recipe's ``init_from`` names: of a run the last checkpoint, or what ``load`` reads."""
+    path = find_model(name)
+    return read_checkpoint(find_checkpoint(path) if (path / "LATEST").is_file() else path)
+
+
+def start_from(name: str, model: Llama, vocabulary: Vocabulary) -> None:
+    """Put the weights that ``init_from`` names into ``model``.
+
+    Raises ConfigError, before anything is changed, when that is a model of another shape (its
+    context aside) or has other tokens than ``vocabulary``, the data's.
+    """
+    start = read_start(name)
+    for field in dataclasses.fields(model.config):
+        there, here = getattr(start.config, field.name), getattr(model.config, field.name)
+        rounded = isinstance(here, float) and math.isclose(here, there, rel_tol=1e-6)
+        if there != here and not rounded and field.name != "max_seq_len":
+            raise ConfigError(
+                f"init_from {name}: {field.name} is {there} there, model.{field.name} {here};"
+                f" `tinyllama train --from {name}` takes the shape from the model"
+            )
+    theirs, ours = start.vocabulary.pieces, vocabulary.pieces
+    if theirs != ours:
+        i = next(i for i, pair in enumerate(zip(theirs, ours, strict=True)) if pair[0] != pair[1])
+        raise ConfigError(
+            f"init_from {name}: its tokenizer is not the data's: token {i} is {theirs[i]!r} there,"
+            f" {ours[i]!r} here; prepare the data with --tokenizer {name}"
+        )
+    model.load_state_dict(tensors_to_state(start.tensors, model.config, start.source))
 
 
 def load_optimizers(folder: Path, model: Llama, optimizers: dict[str, Optimizer]) -> None:

@@ -91,16 +91,17 @@ def export(
     dtype: str | None = None,
     *,
     tokenizer: PathLike | None = None,
+    base: PathLike | None = None,
     texts: Iterable[str] | None = None,
 ) -> Report:
     """Write the model ``source`` as ``out`` and prove that it is the same model.
 
     ``source``: whatever ``read_checkpoint`` reads, a training run's folder too; ``tokenizer`` for
-    llama2.c's files. ``to``: "gguf" (a file ….gguf; dtype f32, f16, bf16, q8_0 or q4_0, default:
-    the source's), "hf" (a new or empty folder; f32, f16 or bf16, default: the source's, f32 for
-    q8_0 and q4_0), or "llama2c" (a file ….bin and ``tokenizer.bin`` beside it; f32 writes v0, which
-    run.c reads, q8_0 v2, for runq.c; default f32). ``texts``: what the check reads, up to 2048
-    tokens; default: a short story.
+    llama2.c's files, ``base`` for an adapter, which is merged into it. ``to``: "gguf" (a file
+    ….gguf; dtype f32, f16, bf16, q8_0 or q4_0, default: the source's), "hf" (a new or empty folder;
+    f32, f16 or bf16, default: the source's, f32 for q8_0 and q4_0), or "llama2c" (a file ….bin and
+    ``tokenizer.bin`` beside it; f32 writes v0, which run.c reads, q8_0 v2, for runq.c; default
+    f32). ``texts``: what the check reads, up to 2048 tokens; default: a short story.
 
     Raises ExportError when the written model computes something else; then, as after any other
     error, nothing is left and what stood at ``out`` stays. The bounds: in f32, logits within 1e-3
@@ -114,7 +115,7 @@ def export(
         raise ArgumentError(f"to is {to!r}; known: {', '.join(FORMATS)}")
     _check_name(Path(out), to)
     check_place(out, folder=to == "hf")
-    checkpoint = read_checkpoint(source, tokenizer=tokenizer)
+    checkpoint = read_checkpoint(source, tokenizer=tokenizer, base=base)
     dtype = _default_dtype(checkpoint, to) if dtype is None else dtype
     name, oracle = _oracle(checkpoint)
     out = Path(os.path.realpath(out))

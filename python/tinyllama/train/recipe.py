@@ -26,12 +26,17 @@ class Recipe:
     ``final_lr_fraction`` of its peak at ``steps``. ``optimizer="muon"`` trains the matrices of the
     layers by Muon at ``muon_learning_rate`` and everything else by AdamW at ``learning_rate``.
     ``every_*`` count steps; 0 switches the thing off. The last ``keep_checkpoints`` and the best
-    stay. ``init_from`` names a run or checkpoint whose weights are the starting point. With
-    ``epochs``, ``steps`` follows from the data, which are seen so many times. ``weights`` mixes
-    the data: how often an epoch has the documents of a source, by its name; 1 unless given, 0.5
-    is half of them, 2.5 all of them twice and half once more (``batches.mixture``). ``dtype``,
-    ``compile`` and ``device`` "auto" mean: bf16 where the processor multiplies it natively,
-    compiled where a compiler is found, cuda before mps before cpu.
+    stay. ``init_from`` names a run, or a model that ``load`` reads ("bundled": the one that ships),
+    whose weights are the starting point. With ``epochs``, ``steps`` follows from the data, which
+    are seen so many times. ``weights`` mixes the data: how often an epoch has the documents of a
+    source, by its name; 1 unless given, 0.5 is half of them, 2.5 all of them twice and half once
+    more (``batches.mixture``). ``dtype``, ``compile`` and ``device`` "auto" mean: bf16 where the
+    processor multiplies it natively, compiled where a compiler is found, cuda before mps before
+    cpu.
+
+    Processes that torchrun starts share each step's ``batch_size`` × ``grad_accum`` windows, at
+    most ``batch_size`` at once; ``parallel`` says whether each holds the whole model ("ddp") or a
+    share of it ("fsdp"). ``activation_checkpointing`` saves memory for a third more arithmetic.
 
     Raises ConfigError, naming field and value, when a value is out of range.
     """
@@ -113,7 +118,7 @@ class Recipe:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens whose loss one optimizer step averages."""
+        """Tokens of one optimizer step, which averages their loss, masked ones left out."""
         return self.batch_size * self.grad_accum * self.seq_len
 
     def for_windows(self, windows_per_epoch: int) -> Recipe:

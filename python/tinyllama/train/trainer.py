@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..errors import ConfigError, FormatError, MissingExtraError, NonFiniteError
-from .batches import TokenFolder, Windows
+from .batches import UNSCORED, TokenFolder, Windows
 from .checkpoint import (
     Saver,
     TrainerState,
@@ -23,6 +23,7 @@ from .checkpoint import (
     load_optimizers,
     load_state,
     load_weights,
+    start_from,
     take_snapshot,
 )
 from .recipe import Recipe, recipe_from_dict
@@ -48,6 +49,7 @@ from .device import (
 from .distributed import Ranks, whole
 from .metrics import Metrics
 from .model import Llama
+from .pairs import PairWindows
 from .validate import tell, validate
 
 PROMPT = "Once upon a time"
@@ -87,7 +89,8 @@ class Trainer:
                 f" the recipe's model.vocab_size is {recipe.model.vocab_size}"
             )
         train = folder.split("train")
-        self.windows = Windows(train, recipe.seq_len, recipe.seed, recipe.weights)
+        kind = PairWindows if train.prompt.any() else Windows
+        self.windows = kind(train, recipe.seq_len, recipe.seed, recipe.weights)
         self.recipe = recipe = recipe.for_windows(self.windows.windows_per_epoch)
         valid = folder.split("valid") if "valid" in folder.splits else None
         self.valid = valid if valid is not None and len(valid) else None
@@ -113,7 +116,7 @@ class Trainer:
                 self._say(f"threads: {self.state.n_threads} before, now {torch.get_num_threads()}:"
                           " sums may round differently than in one go")  # fmt: skip
         elif recipe.init_from:
-            load_weights(find_checkpoint(recipe.init_from), self.model)
+            start_from(recipe.init_from, self.model, self.vocabulary)
         self.network = self.ranks.spread(self.model.to(device), recipe.parallel)
         self.optimizers = make_optimizers(self.model, recipe)
         if previous is not None:
@@ -176,20 +179,26 @@ class Trainer:
         return find_checkpoint(self.run)
 
     def step(self) -> float:
-        """One optimizer step: the mean loss of its tokens in nats.
+        """One optimizer step: the mean loss of its targets in nats.
 
         Its windows, dropout and learning rate follow from the recipe and the step alone.
         """
         recipe, step, share = self.recipe, self.state.step, self.share
         torch.manual_seed(self.ranks.seed(recipe.seed, step))
         first = step * recipe.batch_size * recipe.grad_accum
+        batches = [
+            self.windows.batch(first + begin, min(recipe.batch_size, share.stop - begin))
+            for begin in share[:: recipe.batch_size]
+        ]
+        # Of the whole step: where prompts are masked, its parts do not hold equally many targets.
+        mine = sum(int((targets != UNSCORED).sum()) for _, targets in batches)
+        n_targets = max(1.0, self.ranks.sum(mine)[0])
         total = 0.0
-        for begin in share[:: recipe.batch_size]:
-            count = min(recipe.batch_size, share.stop - begin)
-            windows = torch.from_numpy(self.windows.batch(first + begin, count))
-            windows = windows.to(self.ranks.device)
-            with self.ranks.gradients(self.network, complete=begin + count == share.stop):
-                loss = self.loss(windows[:, :-1], windows[:, 1:]) * (count / len(share))
+        for batch in batches:
+            tokens, targets = (torch.from_numpy(x).to(self.ranks.device) for x in batch)
+            with self.ranks.gradients(self.network, complete=batch is batches[-1]):
+                # Gradients become means over the ranks.
+                loss = self.loss(tokens, targets) * (self.ranks.count / n_targets)
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         total = self.ranks.sum(total)[0] / self.ranks.count
@@ -270,11 +279,13 @@ class Trainer:
 
     def _loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         logits = self._forward(tokens).float()
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=UNSCORED, reduction="sum"
+        )
 
     def _describe(self) -> None:
         recipe, windows = self.recipe, self.windows
-        tokens = recipe.steps * recipe.tokens_per_step
+        n_windows = recipe.steps * recipe.grad_accum * recipe.batch_size
         where = str(self.ranks.device)
         if self.ranks.count > 1:
             where = f"{self.ranks.count} × {self.ranks.device.type} ({recipe.parallel})"
@@ -282,7 +293,7 @@ class Trainer:
             f"{recipe.model.n_parameters / 1e6:.2f}M parameters on {where};"
             f" {windows.n_documents:,} documents, {windows.n_tokens:,} tokens;"
             f" {recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens,"
-            f" {tokens / windows.n_tokens:.1f} epochs; from step {self.state.step}"
+            f" {n_windows / windows.windows_per_epoch:.1f} epochs; from step {self.state.step}"
         )
 
     def _say(self, line: str) -> None:

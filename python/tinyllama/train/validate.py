@@ -34,9 +34,10 @@ class Validation(NamedTuple):
 def validate(
     model: Llama, split: Split, forward: Forward | None = None, ranks: Ranks | None = None
 ) -> Validation:
-    """Score every token after BOS, EOS too, of each document of ``split`` on its own.
+    """Score every token after BOS, EOS too, of each document of ``split`` on its own; of pairs,
+    those of the completion.
 
-    bits per byte = total nats / ln 2 / UTF-8 bytes of the documents' text. A document longer than
+    bits per byte = total nats / ln 2 / UTF-8 bytes of the scored text. A document longer than
     the context is scored in windows that overlap by half, each token once, in the first window
     that has it. ``forward`` (default: the model) maps tokens (rows, n) to logits. The ``ranks`` of
     a training share the work, and all get the score.
@@ -78,11 +79,12 @@ def _pieces(split: Split, context: int) -> Iterator[tuple[np.ndarray, int]]:
     """(tokens, index of the first to score among tokens[1:]) of each window of each document."""
     for i in range(len(split)):
         n_targets = int(split.length[i]) - 1
-        begin, scored = 0, 0
+        begin, scored = 0, max(0, int(split.prompt[i]) - 1)
         while scored < n_targets:
             end = min(begin + context, n_targets)
-            yield split.document(i, begin, end + 1), scored - begin
-            scored = end
+            if end > scored:
+                yield split.document(i, begin, end + 1), scored - begin
+                scored = end
             begin = max(0, end - context // 2)
 
 
