@@ -21,7 +21,7 @@ from ..errors import ArgumentError, ConfigError, FormatError, MissingExtraError
 from ..files import whole_folder
 from .checkpoint import Checkpoint
 from .dtypes import decode_tensor, encode_tensor
-from .hf_tokenizer import load_tokenizer, read_json, tokenizer_files
+from .hf_tokenizer import load_tokenizer, padding_id, read_json, tokenizer_files
 
 PathLike = str | os.PathLike[str]
 
@@ -262,7 +262,7 @@ def _config_fields(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
         "use_cache": True,
         "bos_token_id": vocabulary.bos_id,
         "eos_token_id": vocabulary.eos_id,
-        "pad_token_id": vocabulary.pad_id,
+        "pad_token_id": padding_id(vocabulary),
         "torch_dtype": _TORCH_DTYPES[dtype],
         "dtype": _TORCH_DTYPES[dtype],
     }
@@ -273,7 +273,7 @@ def _generation_fields(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "bos_token_id": ids.bos_id,
         "eos_token_id": ids.eos_id,
-        "pad_token_id": ids.pad_id,
+        "pad_token_id": padding_id(ids),
         "do_sample": True,
         "temperature": 1.0,
         "top_k": 0,

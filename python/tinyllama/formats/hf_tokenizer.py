@@ -55,7 +55,8 @@ def load_tokenizer(folder: Path, config_fields: dict[str, Any]) -> Vocabulary:
         token = config_fields.get(f"{name}_token_id")
         if isinstance(token, list):  # several tokens may end a text; the first is the usual one
             token = token[0] if token else None
-        if isinstance(token, int) and token >= 0:
+        borrowed = name == "pad" and token == vocabulary.unk_id  # see padding_id
+        if isinstance(token, int) and token >= 0 and not borrowed:
             changes[f"{name}_id"] = token
     if isinstance(settings.get("add_bos_token"), bool):
         changes["add_bos"] = settings["add_bos_token"]
@@ -65,6 +66,15 @@ def load_tokenizer(folder: Path, config_fields: dict[str, Any]) -> Vocabulary:
         raise FormatError(f"{folder / 'config.json'}: {error}") from None
 
 
+def padding_id(vocabulary: Vocabulary) -> int | None:
+    """The token that fills up batches in transformers, which refuses them without one.
+
+    A vocabulary that has none lends its unknown token. EOS would do to generate, but training on
+    leaves padding out of the loss, and such a model would forget how to end.
+    """
+    return vocabulary.unk_id if vocabulary.pad_id is None else vocabulary.pad_id
+
+
 def tokenizer_files(vocabulary: Vocabulary, config: Config) -> dict[str, bytes]:
     """File name -> bytes of everything transformers and llama.cpp's converter look for."""
     special = {}
@@ -72,7 +82,7 @@ def tokenizer_files(vocabulary: Vocabulary, config: Config) -> dict[str, bytes]:
         "bos": vocabulary.bos_id,
         "eos": vocabulary.eos_id,
         "unk": vocabulary.unk_id,
-        "pad": vocabulary.pad_id,
+        "pad": padding_id(vocabulary),
     }
     for name, token in ids.items():
         if token is not None:
@@ -83,6 +93,8 @@ def tokenizer_files(vocabulary: Vocabulary, config: Config) -> dict[str, bytes]:
         "add_bos_token": vocabulary.add_bos,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
+        "padding_side": "left",  # a text goes on at its end
+        "model_input_names": ["input_ids", "attention_mask"],  # a Llama takes no token_type_ids
         "model_max_length": config.max_seq_len,
         **special,
     }
@@ -301,11 +313,11 @@ _COLLAPSE = [
 def _pipeline(vocabulary: Vocabulary) -> dict[str, Any]:
     has_bytes = bool((vocabulary.types == TokenType.BYTE).any())
     normalizers = list(_COLLAPSE) if vocabulary.remove_extra_whitespaces else []
-    decoders: list[dict[str, Any]] = [_replace({"String": SPACE}, " ")]
-    decoders += [{"type": "ByteFallback"}, {"type": "Fuse"}]
+    # A space put in front of a text stays there: transformers 5 decodes what goes on after a prompt
+    # by itself, and would lose the space between the two.
+    decoders = [_replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     if vocabulary.add_space_prefix:
         normalizers.append({"type": "Prepend", "prepend": SPACE})
-        decoders.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     normalizers.append(_replace({"String": " "}, SPACE))
     unk = None if vocabulary.unk_id is None else vocabulary.pieces[vocabulary.unk_id]
     return {
