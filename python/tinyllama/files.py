@@ -72,7 +72,10 @@ def whole_folder(path: PathLike) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in sorted(temporary.iterdir()):
+        for file in sorted(temporary.rglob("*")):
+            if file.is_dir():
+                _sync_folder(file)
+                continue
             with open(file, "r+b") as stream:
                 os.fsync(stream.fileno())
         _sync_folder(temporary)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Literal
 
 from ..errors import ArgumentError
 
@@ -20,7 +21,7 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "peft), which is merged into its model.",
         epilog="examples:\n"
         "  tinyllama export run --out model.gguf --dtype q8_0\n"
-        "  tinyllama export run --to hf my-model\n"
+        "  tinyllama export run --to hf my-model --card card.toml --checkpoints all\n"
         "  tinyllama export my-adapter --base my-model --out model.gguf\n"
         "  tinyllama export model.gguf --to llama2c model.bin",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -56,20 +57,42 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--text", metavar="FILE", help="text for the comparison; default: a short story"
     )
+    parser.add_argument(
+        "--card",
+        metavar="FILE.toml",
+        help="for hf: what only you can say for the model card: name, description, languages,"
+        " license, datasets, base_model, tags, authors, year, url, limits, prompts, samples",
+    )
+    parser.add_argument(
+        "--checkpoints",
+        metavar="all|STEP,…",
+        type=_steps,
+        default=(),
+        help="for hf: checkpoints of a training run that go along, each in a folder of its own",
+    )
     parser.set_defaults(handler=run)
+
+
+def _steps(text: str) -> Literal["all"] | list[int]:
+    try:
+        return "all" if text == "all" else [int(step) for step in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither all nor steps: 1000,2000") from None
 
 
 def run(args: argparse.Namespace) -> None:
     from ..data.documents import Documents
     from ..train.export import FORMATS, export
+    from ..train.record import Statement, read_statement
 
     to, out = ("gguf", args.out) if args.to is None else args.to
     if to not in FORMATS:
         raise ArgumentError(f"--to {to}: unknown format; known: {', '.join(FORMATS)}")
     texts = None if args.text is None else (text for _, text in Documents(args.text))
     report = export(
-        args.source, out, to, args.dtype, tokenizer=args.tokenizer, base=args.base, texts=texts
-    )
+        args.source, out, to, args.dtype, tokenizer=args.tokenizer, base=args.base, texts=texts,
+        card=args.card, checkpoints=args.checkpoints,
+    )  # fmt: skip
     print(f"wrote {report.path}: {report.format}, {report.dtype}, {report.n_bytes:,} bytes")
     print(
         f"logits against {report.oracle} in float32 over {report.n_tokens:,} tokens:"
@@ -81,3 +104,8 @@ def run(args: argparse.Namespace) -> None:
         f" {report.bits_per_byte_after:.4f} after;"
         f" perplexity {report.perplexity_before:.4f} before, {report.perplexity_after:.4f} after"
     )
+    if to == "hf":
+        statement = Statement() if args.card is None else read_statement(args.card)
+        if statement.missing:
+            missing = ", ".join(statement.missing)
+            print(f"the model card, README.md, does not state: {missing} (--card FILE.toml does)")

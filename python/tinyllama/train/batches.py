@@ -42,6 +42,14 @@ class TokenFolder:
                 raise
             raise FormatError(f"{source}: field {error} is missing or wrong") from None
 
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Documents, tokens and bytes of each split, and of its sources by name."""
+        return {
+            name: {key: value for key, value in split.items() if key != "shards"}
+            for name, split in self.splits.items()
+        }
+
     def split(self, name: str) -> Split:
         """The documents of ``name`` ("train" or "valid")."""
         if name not in self.splits:

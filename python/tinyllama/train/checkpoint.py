@@ -44,6 +44,7 @@ class TrainerState:
 
     Everything else (window order, dropout, learning rate) is a function of the recipe and the
     step. ``step`` counts the finished steps; ``bits_per_byte`` is the last validation's, if any.
+    ``data``: how much text each split and source holds, for the record (``TokenFolder.counts``).
     """
 
     step: int
@@ -53,6 +54,7 @@ class TrainerState:
     bits_per_byte: float | None = None
     best_bits_per_byte: float | None = None
     seconds: float = 0.0
+    data: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,7 @@ def _gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 class Saver:
     """Writes snapshots into ``run`` on a thread of its own, one after the other, and keeps the last
-    ``n_kept`` and the best."""
+    ``n_kept`` (0: all) and the best."""
 
     def __init__(self, run: Path, n_kept: int) -> None:
         self.run, self.n_kept = run, n_kept
@@ -327,7 +329,7 @@ def _target(pointer: Path) -> str:
 
 def _drop_old(run: Path, n_kept: int) -> None:
     folders = sorted(folder for folder in run.glob("step-*") if folder.is_dir())
-    kept = {folder.name for folder in folders[-n_kept:]}
+    kept = {folder.name for folder in folders[-n_kept:]}  # of none: all
     kept |= {_target(run / pointer) for pointer in ("LATEST", "BEST")}
     for folder in folders:
         if folder.name not in kept:

@@ -11,8 +11,9 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,8 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.gguf import gguf_bytes, write_gguf
 from ..loading import load
 from ..model import Model
+from .card import model_card
+from .record import Statement, read_run, read_statement
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
 Logits: TypeAlias = "npt.NDArray[np.float32]"
@@ -93,6 +96,8 @@ def export(
     tokenizer: PathLike | None = None,
     base: PathLike | None = None,
     texts: Iterable[str] | None = None,
+    card: PathLike | None = None,
+    checkpoints: Literal["all"] | Iterable[int] = (),
 ) -> Report:
     """Write the model ``source`` as ``out`` and prove that it is the same model.
 
@@ -103,18 +108,27 @@ def export(
     ``tokenizer.bin`` beside it; f32 writes v0, which run.c reads, q8_0 v2, for runq.c; default
     f32). ``texts``: what the check reads, up to 2048 tokens; default: a short story.
 
+    A Hugging Face folder gets a model card, README.md (see ``card.model_card``), for which ``card``
+    names a TOML file of what only its author knows (``record.Statement``), and in it a folder for
+    each of the ``checkpoints`` of a training run, given by their steps, or "all" that the run kept.
+    Those are read back and compared tensor by tensor.
+
     Raises ExportError when the written model computes something else; then, as after any other
     error, nothing is left and what stood at ``out`` stays. The bounds: in f32, logits within 1e-3
     of the largest; in q4_0, perplexity within 10 % and a mean divergence of 0.1 nats per token;
     else 2 % and 0.02.
-    Raises ArgumentError for unknown formats, dtypes, a name that does not fit the format, or too
-    little text, OSError for a place that cannot be written, both before any work, and what readers
-    and writers of the formats raise.
+    Raises ArgumentError for unknown formats, dtypes and checkpoints, a name that does not fit the
+    format, or too little text, OSError for a place that cannot be written, both before any work,
+    and what readers and writers of the formats and of the card raise.
     """
     if to not in FORMATS:
         raise ArgumentError(f"to is {to!r}; known: {', '.join(FORMATS)}")
     _check_name(Path(out), to)
     check_place(out, folder=to == "hf")
+    if to != "hf" and (card is not None or checkpoints):
+        raise ArgumentError(f"card and checkpoints are for a Hugging Face folder; to is {to!r}")
+    statement = Statement() if card is None else read_statement(card)
+    others = _kept_checkpoints(Path(source), checkpoints)
     checkpoint = read_checkpoint(source, tokenizer=tokenizer, base=base)
     dtype = _default_dtype(checkpoint, to) if dtype is None else dtype
     name, oracle = _oracle(checkpoint)
@@ -122,15 +136,15 @@ def export(
     texts = [TEXT] if texts is None else texts
 
     def check(written: Model, part: Path) -> Report:
-        n_bytes = sum(f.stat().st_size for f in part.iterdir()) if part.is_dir() else 0
-        n_bytes = n_bytes or part.stat().st_size
         figures = _compare(written, oracle, texts)
-        report = Report(str(out), to, dtype, n_bytes, name, **figures)
+        report = Report(str(out), to, dtype, part.stat().st_size, name, **figures)
         _judge(report)
         return report
 
-    write = {"gguf": _to_gguf, "hf": _to_hf, "llama2c": _to_llama2c}[to]
-    return write(checkpoint, out, dtype, check)
+    to_hf = partial(_to_hf, statement=statement, others=others)
+    writers: dict[str, Callable[[Checkpoint, Path, str, Check], Report]]
+    writers = {"gguf": _to_gguf, "hf": to_hf, "llama2c": _to_llama2c}
+    return writers[to](checkpoint, out, dtype, check)
 
 
 Check: TypeAlias = "Callable[[Model, Path], Report]"
@@ -159,14 +173,51 @@ def _to_gguf(checkpoint: Checkpoint, out: Path, dtype: str, check: Check) -> Rep
         return check(load(stream.name), Path(stream.name))
 
 
-def _to_hf(checkpoint: Checkpoint, out: Path, dtype: str, check: Check) -> Report:
+def _to_hf(
+    checkpoint: Checkpoint,
+    out: Path,
+    dtype: str,
+    check: Check,
+    statement: Statement,
+    others: list[Path],
+) -> Report:
+    with whole_folder(out) as part:
+        report = check(_native(_folder(checkpoint, part, dtype)), part)
+        for other in others:
+            _folder(read_checkpoint(other), part / other.name, dtype)
+        run = read_run(Path(checkpoint.source))
+        steps = [other.name for other in others]
+        text = model_card(load(part), run, statement, out.name, dtype, steps)
+        (part / "README.md").write_text(text, encoding="utf-8")
+        n_bytes = sum(file.stat().st_size for file in part.rglob("*") if file.is_file())
+    return dataclasses.replace(report, n_bytes=n_bytes)
+
+
+def _folder(checkpoint: Checkpoint, folder: Path, dtype: str) -> Checkpoint:
+    """Write a Hugging Face folder: what is read back, which is what was to be written."""
     from ..formats.hf import load_hf, save_hf
 
-    with whole_folder(out) as part:
-        save_hf(checkpoint, part, dtype)
-        read_back = load_hf(part)
-        _compare_contents(checkpoint, read_back, dtype)
-        return check(_native(read_back), part)
+    save_hf(checkpoint, folder, dtype)
+    read_back = load_hf(folder)
+    _compare_contents(checkpoint, read_back, dtype)
+    return read_back
+
+
+def _kept_checkpoints(run: Path, steps: Literal["all"] | Iterable[int]) -> list[Path]:
+    """The folders of a run's checkpoints, by step. Raises ArgumentError for one it has not."""
+    kept = {
+        int(folder.name.removeprefix("step-")): folder
+        for folder in sorted(run.glob("step-*"))
+        if folder.name.removeprefix("step-").isdecimal() and (folder / "config.json").is_file()
+    }
+    if steps == "all" and not kept:
+        raise ArgumentError(f"checkpoints: {run} has none; it is no training run's folder")
+    wanted = sorted(kept if steps == "all" else set(steps))
+    for step in wanted:
+        if step not in kept:
+            there = ", ".join(map(str, kept)) or "none"
+            raise ArgumentError(f"checkpoints: {run} has no step {step}; it has: {there}")
+    return [kept[step] for step in wanted]
 
 
 def _to_llama2c(checkpoint: Checkpoint, out: Path, dtype: str, check: Check) -> Report:

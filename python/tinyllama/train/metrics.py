@@ -27,7 +27,7 @@ class Metrics:
             return
         run.mkdir(parents=True, exist_ok=True)
         if step and self.path.exists():
-            self.records = [record for record in self._read() if record["step"] <= step]
+            self.records = [record for record in read_records(run) if record["step"] <= step]
         with whole_file(self.path) as file:
             for record in self.records:
                 file.write((json.dumps(record) + "\n").encode())
@@ -65,13 +65,19 @@ class Metrics:
             figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
         pyplot.close(figure)
 
-    def _read(self) -> list[dict[str, Any]]:
-        records = []
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        for number, line in enumerate(lines, 1):
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                if number < len(lines):  # only the last can be half-written
-                    raise FormatError(f"{self.path}: line {number} is not JSON") from None
-        return records
+
+def read_records(run: Path) -> list[dict[str, Any]]:
+    """The records of a run, which may be under way.
+
+    Raises OSError when they cannot be read, FormatError, naming the line, when they are damaged.
+    """
+    path = run / "metrics.jsonl"
+    records = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            if number < len(lines):  # only the last can be half-written
+                raise FormatError(f"{path}: line {number} is not JSON") from None
+    return records

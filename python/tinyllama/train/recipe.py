@@ -16,6 +16,17 @@ from ..config import Config, RopeScaling
 from ..errors import ConfigError, MissingExtraError
 
 MAX_WEIGHT = 1000
+# Settings that may differ between the parts of one run: they do not change what is learned.
+FREE_SETTINGS = (
+    "every_eval",
+    "every_save",
+    "every_sample",
+    "keep_checkpoints",
+    "device",
+    "n_threads",
+    "parallel",
+    "activation_checkpointing",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,8 +37,8 @@ class Recipe:
     ``final_lr_fraction`` of its peak at ``steps``. ``optimizer="muon"`` trains the matrices of the
     layers by Muon at ``muon_learning_rate`` and everything else by AdamW at ``learning_rate``.
     ``every_*`` count steps; 0 switches the thing off. The last ``keep_checkpoints`` and the best
-    stay. ``init_from`` names a run, or a model that ``load`` reads ("bundled": the one that ships),
-    whose weights are the starting point. With ``epochs``, ``steps`` follows from the data, which
+    stay; 0: all of them. ``init_from`` names a run, or a model that ``load`` reads ("bundled": the
+    one that ships), whose weights are the starting point. With ``epochs``, ``steps`` follows from the data, which
     are seen so many times. ``weights`` mixes the data: how often an epoch has the documents of a
     source, by its name; 1 unless given, 0.5 is half of them, 2.5 all of them twice and half once
     more (``batches.mixture``). ``dtype``, ``compile`` and ``device`` "auto" mean: bf16 where the
@@ -76,7 +87,7 @@ class Recipe:
         least = {
             "steps": 1, "batch_size": 1, "grad_accum": 1, "seq_len": 2, "warmup_steps": 0,
             "seed": 0, "every_eval": 0, "every_save": 0, "every_sample": 0,
-            "keep_checkpoints": 1, "n_threads": 0,
+            "keep_checkpoints": 0, "n_threads": 0,
         }  # fmt: skip
         for name, low in least.items():
             value = getattr(self, name)
@@ -176,15 +187,15 @@ def recipe_from_dict(
         raise ConfigError(f"{source}: the section [model] is missing")
     model = dict(model)
     scaling = model.pop("rope_scaling", None)
-    _check_keys(values, Recipe, "", source)
-    _check_keys(model, Config, "model.", source)
+    check_keys(values, Recipe, "", source)
+    check_keys(model, Config, "model.", source)
     for field in dataclasses.fields(Config):
         if field.default is dataclasses.MISSING and field.name not in model:
             raise ConfigError(f"{source}: model.{field.name} is missing")
     if scaling is not None:
         if not isinstance(scaling, Mapping):
             raise ConfigError(f"{source}: model.rope_scaling is {scaling!r}, not a section")
-        _check_keys(scaling, RopeScaling, "model.rope_scaling.", source)
+        check_keys(scaling, RopeScaling, "model.rope_scaling.", source)
         model["rope_scaling"] = RopeScaling(**scaling)
     try:
         return Recipe(model=Config(**model), **values)
@@ -198,7 +209,7 @@ def load_recipe(path: str | Path, settings: Iterable[str] = (), fast: bool = Fal
     Raises OSError when the file cannot be read, ConfigError when it is not a recipe.
     """
     path = Path(path)
-    values = _read_toml(path.read_text(encoding="utf-8"), str(path))
+    values = read_toml(path.read_text(encoding="utf-8"), str(path))
     return recipe_from_dict(values, str(path), settings, fast)
 
 
@@ -209,7 +220,7 @@ def load_preset(name: str, settings: Iterable[str] = (), fast: bool = False) -> 
         raise ConfigError(f"no preset {name!r}{_nearest(name, names)}; known: {', '.join(names)}")
     source = f"preset {name}"
     file = resources.files(__package__) / "presets" / f"{name}.toml"
-    values = _read_toml(file.read_text(encoding="utf-8"), source)
+    values = read_toml(file.read_text(encoding="utf-8"), source)
     return recipe_from_dict(values, source, settings, fast)
 
 
@@ -238,12 +249,12 @@ def _with_settings(values: Mapping[str, Any], settings: Iterable[str]) -> dict[s
 def _read_value(text: str) -> Any:
     """A TOML value, or the text itself where it is none (``device=cpu`` without quotes)."""
     try:
-        return _read_toml(f"value = {text}", "--set")["value"]
+        return read_toml(f"value = {text}", "--set")["value"]
     except ConfigError:
         return text
 
 
-def _read_toml(text: str, source: str) -> dict[str, Any]:
+def read_toml(text: str, source: str) -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
     else:
@@ -257,7 +268,7 @@ def _read_toml(text: str, source: str) -> dict[str, Any]:
         raise ConfigError(f"{source} is not TOML: {error}") from None
 
 
-def _check_keys(values: Mapping[str, Any], kind: type, prefix: str, source: str) -> None:
+def check_keys(values: Mapping[str, Any], kind: type, prefix: str, source: str) -> None:
     known = [field.name for field in dataclasses.fields(kind)]
     for key in values:
         if key not in known:

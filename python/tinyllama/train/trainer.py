@@ -26,7 +26,7 @@ from .checkpoint import (
     start_from,
     take_snapshot,
 )
-from .recipe import Recipe, recipe_from_dict
+from .recipe import FREE_SETTINGS, Recipe, recipe_from_dict
 
 try:
     import sentencepiece
@@ -54,17 +54,6 @@ from .validate import tell, validate
 
 PROMPT = "Once upon a time"
 EVERY_LOG = 10
-# Settings that may differ between the parts of one run: they do not change what is learned.
-FREE_SETTINGS = (
-    "every_eval",
-    "every_save",
-    "every_sample",
-    "keep_checkpoints",
-    "device",
-    "n_threads",
-    "parallel",
-    "activation_checkpointing",
-)
 
 
 class Trainer:
@@ -107,7 +96,9 @@ class Trainer:
         be_deterministic()
         torch.manual_seed(recipe.seed)
         self.model = Llama(recipe.model, recipe.dropout, recipe.activation_checkpointing)
-        self.state = TrainerState(0, recipe.to_dict(), folder.sha256, torch.get_num_threads())
+        self.state = TrainerState(
+            0, recipe.to_dict(), folder.sha256, torch.get_num_threads(), data=folder.counts
+        )
         if previous is not None:
             check_files(previous)
             self.state = load_state(previous)
