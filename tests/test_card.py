@@ -6,6 +6,8 @@ import dataclasses
 import json
 import math
 import re
+import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +307,22 @@ def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(SystemExit):
         main([*command, "--checkpoints", "some"])
     assert "neither all nor steps" in capsys.readouterr().err
+
+
+def test_the_page_is_true(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The statement and the commands of docs/publishing.md, on a smaller run."""
+    page = (Path(__file__).parents[1] / "docs" / "publishing.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, "run")
+    (statement,) = re.findall(r"^```toml\n(.*?)^```", page, re.M | re.S)
+    Path("card.toml").write_text(statement + "samples = 1\n", encoding="utf-8")
+    commands = "".join(re.findall(r"^```sh\n(.*?)^```", page, re.M | re.S)).splitlines()
+    assert len(commands) == 4
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+    assert not read_statement("card.toml").missing
+    written = {path.name for path in Path("my-model").iterdir()}
+    assert written == set(re.findall(r"`(\w+\.\w+)`", page[: page.index("## Checkpoints")])) - {
+        "card.toml"
+    }
+    assert len(list(Path("my-model-and-others").glob("step-*"))) == 6

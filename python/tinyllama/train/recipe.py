@@ -38,12 +38,12 @@ class Recipe:
     layers by Muon at ``muon_learning_rate`` and everything else by AdamW at ``learning_rate``.
     ``every_*`` count steps; 0 switches the thing off. The last ``keep_checkpoints`` and the best
     stay; 0: all of them. ``init_from`` names a run, or a model that ``load`` reads ("bundled": the
-    one that ships), whose weights are the starting point. With ``epochs``, ``steps`` follows from the data, which
-    are seen so many times. ``weights`` mixes the data: how often an epoch has the documents of a
-    source, by its name; 1 unless given, 0.5 is half of them, 2.5 all of them twice and half once
-    more (``batches.mixture``). ``dtype``, ``compile`` and ``device`` "auto" mean: bf16 where the
-    processor multiplies it natively, compiled where a compiler is found, cuda before mps before
-    cpu.
+    one that ships), whose weights are the starting point. With ``epochs``, ``steps`` follows from
+    the data, which are seen so many times. ``weights`` mixes the data: how often an epoch has the
+    documents of a source, by its name; 1 unless given, 0.5 is half of them, 2.5 all of them twice
+    and half once more (``batches.mixture``). ``dtype``, ``compile`` and ``device`` "auto" mean:
+    bf16 where the processor multiplies it natively, compiled where a compiler is found, cuda before
+    mps before cpu.
 
     Processes that torchrun starts share each step's ``batch_size`` × ``grad_accum`` windows, at
     most ``batch_size`` at once; ``parallel`` says whether each holds the whole model ("ddp") or a
