@@ -185,6 +185,29 @@ def test_energy_is_called_an_estimate(run: Path) -> None:
     assert "seconds on Some CPU" in text
 
 
+def test_text_by_source(foreign: Path) -> None:
+    sources = [
+        {"name": "stories", "documents": 30, "tokens": 3000, "bytes": 9000},
+        {"name": "books|old", "documents": 2, "tokens": 1000, "bytes": 4000},
+    ]
+    train = {"documents": 32, "tokens": 4000, "bytes": 13000, "sources": sources}
+    recipe = {
+        "batch_size": 10,
+        "grad_accum": 2,
+        "seq_len": 50,
+        "steps": 7,
+        "init_from": "/home/me/x",
+    }
+    recipe["weights"] = {"books|old": 0.5}
+    run = Run({"recipe": recipe, "step": 7, "data": {"train": train}, "seconds": 900.0}, [])
+    text = model_card(tinyllama.load(foreign), run, Statement(samples=0), "f", "f32")
+    assert "| stories | 30 | 3,000 | 9,000 | 1 |" in text
+    assert "| books\\|old | 2 | 1,000 | 4,000 | 0.5 |" in text
+    assert "7 steps of 1,000 tokens, 7,000 in all or 2.0 epochs; 15.0 minutes." in text
+    assert "| `init_from` | x |" in text
+    assert "/home/me" not in text
+
+
 def test_a_long_table_keeps_its_ends(run: Path) -> None:
     known = read_run(run / "step-00000006")
     assert known is not None

@@ -121,13 +121,15 @@ def test_settings_are_ours(shipped: Published) -> None:
     )  # fmt: skip
     assert settings.max_length == shipped.native.config.max_seq_len
     assert settings.eos_token_id == 2
+    assert shipped.pipe.tokenizer.pad_token == "<unk>"  # EOS would be left out of further training
+    assert settings.pad_token_id == shipped.pipe.model.config.pad_token_id == 0
 
 
 def test_the_tokenizers_output_fits_generate(shipped: Published) -> None:
     """Padded on the left, with nothing that a Llama does not take."""
-    inputs = shipped.pipe.tokenizer(
-        ["The dog", "Once upon a time"], return_tensors="pt", padding=True
-    )
+    tokenizer = transformers.AutoTokenizer.from_pretrained(shipped.folder)
+    inputs = tokenizer(["The dog", "Once upon a time"], return_tensors="pt", padding=True)
+    assert set(inputs) == {"input_ids", "attention_mask"}
     assert inputs["attention_mask"].tolist()[0][0] == 0
     assert inputs["input_ids"].tolist()[0][-2:] == shipped.native.tokenizer.encode("The dog")[1:]
     new = shipped.pipe.model.generate(**inputs, max_new_tokens=3, do_sample=False)
