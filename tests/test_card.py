@@ -172,7 +172,8 @@ def test_energy_is_called_an_estimate(run: Path) -> None:
     known = read_run(run / "step-00000006")
     assert known is not None
     records = [{"step": 0, "device": "Some CPU"}, *known.records]
-    records[-1] |= {"kwh": 0.0125, "kg_co2eq": 0.00432, "estimated_by": "meter 1: CPU"}
+    used = {"kwh": 0.0125, "kg_co2eq": 0.00432, "estimated_by": "meter 1: CPU"}
+    records += [{"step": 6, **used}]  # after the validation of the same step
     model = tinyllama.load(run / "step-00000006")
     statement = Statement(samples=0)
     text = model_card(model, Run(known.state, records), statement, "m", "f32")

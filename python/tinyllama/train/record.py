@@ -101,13 +101,15 @@ class Run:
         return next((r[field] for r in reversed(self.records) if r.get(field) is not None), None)
 
     def scores(self) -> list[dict[str, Any]]:
-        """The validations, each with all that was on record by then."""
+        """The validations, each with all that is on record up to its step."""
         known: dict[str, Any] = {}
         found = []
         for record in self.records:
             known |= record
             if "valid_nats" in record:
                 found.append(dict(known))
+            elif found and found[-1]["step"] == record["step"]:
+                found[-1] |= record
         return found
 
     @property
