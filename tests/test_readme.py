@@ -82,7 +82,7 @@ def test_commands(tmp_path, monkeypatch) -> None:
     assert len(ran) >= 7
     assert "Once upon a time" in ran[0][1]
     assert (tmp_path / "mine.gguf").stat().st_size > 100_000
-    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "<svg" in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
 def test_see_it_think(monkeypatch, capsys) -> None:

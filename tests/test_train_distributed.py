@@ -15,12 +15,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("sentencepiece")
 
-from tiny_training import RECIPE, VOCAB, same, weights, write_tokens  # noqa: E402
+from tiny_training import RECIPE, VOCAB, learned, same, weights, write_tokens  # noqa: E402
 from tinyllama.config import Config  # noqa: E402
 from tinyllama.errors import ConfigError  # noqa: E402
 from tinyllama.formats.hf import load_hf  # noqa: E402
 from tinyllama.train.checkpoint import find_checkpoint  # noqa: E402
 from tinyllama.train.distributed import Ranks  # noqa: E402
+from tinyllama.train.metrics import read_records  # noqa: E402
 from tinyllama.train.model import Llama  # noqa: E402
 from tinyllama.train.recipe import Recipe  # noqa: E402
 from tinyllama.train.trainer import Trainer  # noqa: E402
@@ -76,9 +77,7 @@ def as_toml(recipe: Recipe) -> str:
 
 
 def curve(run: Path, field: str) -> dict[int, float]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    return {record["step"]: record[field] for record in records if field in record}
+    return {r["step"]: r[field] for r in read_records(run) if field in r}
 
 
 def check_equal(run: Path, expected: Trainer) -> None:
@@ -87,11 +86,11 @@ def check_equal(run: Path, expected: Trainer) -> None:
     Muon's Newton-Schulz steps are in bf16: summed by shares they round differently.
     """
     within = 1e-3 if expected.recipe.optimizer == "muon" else 1e-4
-    for field in ("train_nats", "valid_nats", "bits_per_byte", "grad_norm"):
+    for field in ("train_nats", "valid_nats", "standard_error", "bits_per_byte", "grad_norm"):
         wanted, found = curve(expected.run, field), curve(run, field)
         assert list(found) == list(wanted)
         np.testing.assert_allclose(list(found.values()), list(wanted.values()), atol=within)
-    assert (run / "metrics.jsonl").read_text().count("\n") == len(expected.metrics.records)
+    assert len(learned(read_records(run))) == len(learned(expected.metrics.records))
     tensors = load_hf(find_checkpoint(run)).tensors
     for name, value in weights(expected).items():
         assert np.linalg.norm(tensors[name] - value) < 50 * within * np.linalg.norm(value)
@@ -108,7 +107,8 @@ def test_several_processes_learn_what_one_does(
     assert f"{n} × cpu ({parallel})" in said
     assert said.count("parameters on") == 1
     check_equal(tmp_path / "run", alone[optimizer])
-    assert (tmp_path / "run" / "samples.txt").read_text().count("step 40\n") == 1
+    samples = [r for r in read_records(tmp_path / "run") if "sample" in r]
+    assert [r["prompt"] for r in samples] == RECIPE.prompts
 
 
 def test_a_checkpoint_of_four_goes_on_in_two_and_in_one(

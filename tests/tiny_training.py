@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -59,6 +60,16 @@ def write_tokens(folder: Path) -> Path:
     }  # fmt: skip
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
+
+
+def learned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a run has recorded of its learning: without clocks, and without where it began."""
+    clocks = ("seconds", "tok_per_s", "peak_share")
+    return [
+        {key: value for key, value in record.items() if key not in clocks}
+        for record in records
+        if "recipe" not in record
+    ]
 
 
 def weights(trainer: Trainer) -> dict[str, np.ndarray]:

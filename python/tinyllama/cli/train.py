@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+
+from ..errors import ArgumentError
+from ..files import check_place
 
 EPILOG = """\
 A recipe is a preset, a TOML file, chosen for a --size, or for going on --from a trained model;
 --set changes single values of it. DATA is a folder made by `tinyllama data prepare`; of pairs of
 prompt and completion only the completions are learned. Below RUN come checkpoints (Hugging Face
-directories step-…, the last two and the best kept), metrics.jsonl, samples.txt and loss.png.
+directories step-…, the last two and the best kept), metrics.jsonl and report.html, a page with
+curves, samples and scores that is renewed at every validation.
 
 Where DATA has several sources, weights mix them: --set weights.NAME=3 sees each of its documents
 three times in an epoch, 0.5 half of them, 0 none; 1 is the default. Validation text is never
@@ -24,6 +29,8 @@ examples:
   tinyllama train --config my.toml --data tokens --out run
   tinyllama train --from bundled --data pairs --out tuned
   tinyllama train --resume --data tokens --out run
+  tinyllama train --preset ttl-160m --data tokens --out run --energy BRA --tensorboard
+  tinyllama train compare run other_run --out compare.html
 
 on four devices of this machine, or processes where there is no GPU; on several machines with the
 arguments of torchrun (--nnodes, --rdzv-endpoint) and folders that all of them see:
@@ -41,7 +48,10 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    recipe = parser.add_mutually_exclusive_group(required=True)
+    verbs = parser.add_subparsers(title="of runs that are there", metavar="VERB")
+    _register_report(verbs)
+    _register_compare(verbs)
+    recipe = parser.add_mutually_exclusive_group()
     recipe.add_argument("--preset", metavar="NAME", help="a recipe of this package, by name")
     recipe.add_argument(
         "--size",
@@ -69,15 +79,59 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         metavar="KEY=VALUE",
         help="change one value of the recipe, e.g. steps=500 or model.n_layers=4; repeatable",
     )
-    parser.add_argument("--data", required=True, metavar="DIR", help="prepared token folder")
-    parser.add_argument("--out", required=True, metavar="RUN", help="folder of the run")
+    parser.add_argument("--data", metavar="DIR", help="prepared token folder")
+    parser.add_argument("--out", metavar="RUN", help="folder of the run")
+    parser.add_argument(
+        "--tensorboard",
+        action="store_true",
+        help="write event files into RUN/tensorboard too (extra tensorboard)",
+    )
+    parser.add_argument(
+        "--energy",
+        metavar="COUNTRY",
+        help="estimate energy, and CO2 equivalent by the electricity of a country (three letters,"
+        " such as BRA) or of the world (extra energy)",
+    )
     parser.set_defaults(handler=train)
+
+
+def _register_report(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser(
+        "report",
+        help="write the page of a run, ended or under way",
+        description="Write a run's page from its metrics: curves, samples, scores, energy.",
+        epilog="example:\n  tinyllama train report run",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of the run")
+    parser.set_defaults(handler=report)
+
+
+def _register_compare(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser(
+        "compare",
+        help="lay runs over each other",
+        description="Compare runs: their bits per byte, and the tokens and the time that each\n"
+        "took to those that all of them reached.",
+        epilog="example:\n  tinyllama train compare run other_run --out compare.html",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
+    parser.add_argument("--out", metavar="FILE.html", help="write the curves as a page")
+    parser.set_defaults(handler=compare)
 
 
 def train(args: argparse.Namespace) -> int:
     """Train, or go on with a run that was stopped."""
     from ..train.recipe import load_preset, load_recipe
 
+    # Not left to argparse, which would ask the verbs for them as well.
+    if not (args.preset or args.size or args.config or args.start or args.resume):
+        raise ArgumentError("train needs one of --preset, --size, --from, --config and --resume")
+    if not (args.data and args.out):
+        raise ArgumentError("train needs --data and --out")
+    args.set += ["tensorboard=true"] * args.tensorboard
+    args.set += [f"energy={args.energy}"] * bool(args.energy)
     if args.preset:
         recipe = load_preset(args.preset, args.set, args.fast)
     elif args.config:
@@ -112,3 +166,31 @@ def train(args: argparse.Namespace) -> int:
     if trainer.ranks.is_first:
         print(checkpoint)
     return 0 if trainer.state.step == trainer.recipe.steps else 130
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write a run's page."""
+    from ..train.page import run_page
+
+    path = Path(args.run) / "report.html"
+    run_page(Path(args.run)).write(path)
+    print(f"wrote {path}")
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Print how runs stand, and draw them."""
+    from ..train.compare import Comparison
+
+    if args.out:
+        check_place(args.out)
+    comparison = Comparison(args.runs)
+    header, rows = comparison.table()
+    cells = [header, *([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        print("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip())
+    for line in comparison.notes():
+        print(line)
+    if args.out:
+        comparison.page().write(args.out)
+        print(f"wrote {args.out}")

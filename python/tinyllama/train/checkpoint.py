@@ -345,8 +345,9 @@ def _remove(folder: Path) -> None:
 
 
 def _clear_up(run: Path) -> None:
-    """What killed processes have left of folders and pointers."""
-    for left in (*run.glob(".*step-*"), *run.glob(".LATEST.*"), *run.glob(".BEST.*")):
+    """What killed processes have left of folders, pointers and pages."""
+    names = ("*step-*", "LATEST.*", "BEST.*", "metrics.jsonl.*", "report.html.*")
+    for left in [path for name in names for path in run.glob(f".{name}")]:
         if left.is_dir():
             shutil.rmtree(left)
         else:

@@ -42,6 +42,11 @@ class Ranks:
         """Whether this is the rank that writes and talks."""
         return self.rank == 0
 
+    @property
+    def is_first_here(self) -> bool:
+        """Whether this is the first rank of its machine."""
+        return int(os.environ.get("LOCAL_RANK", 0)) == 0
+
     def share(self, n_windows: int) -> range:
         """Which of a step's windows this rank trains on: as many as every other.
 

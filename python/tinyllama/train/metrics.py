@@ -1,38 +1,58 @@
-"""What a run measures: a line of JSON per record, and the curve drawn from them."""
+"""What a run measures: a line of JSON per record, for TensorBoard too."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import FormatError
+import numpy as np
+
+from ..errors import FormatError, MissingExtraError
 from ..files import whole_file
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+Records = list[dict[str, Any]]
 
 
 class Metrics:
-    """``RUN/metrics.jsonl``: one object a line, each with ``step``.
+    """``RUN/metrics.jsonl``: one object a line, each with ``step``, ``tokens`` trained on and
+    ``seconds`` since the start. Beside these
 
-    Training records carry ``train_nats`` and ``learning_rate``; validation records
-    ``valid_nats`` and ``bits_per_byte``. Records after ``step`` are dropped on opening: they
-    belong to steps that a crash has undone. Of several processes that train together one may
-    ``write``; it makes the folder.
+    - a beginning, of the run or of a part that goes on: ``recipe``, ``n_parameters``, ``device``,
+      ``peak_flop_per_s``, ``n_documents`` and ``n_tokens`` to train on, ``valid_bytes``;
+    - training: ``train_nats``, the mean loss of the step's tokens, ``grad_norm`` before clipping,
+      ``learning_rate`` (``muon_learning_rate`` too), and since the last such record ``tok_per_s``
+      and ``peak_share``, the model's FLOPs over the measured peak;
+    - validation: ``valid_nats`` with its ``standard_error``, ``bits_per_byte``;
+    - a ``sample`` that continues ``prompt``;
+    - energy since the start: ``kwh``, ``kg_co2eq``, ``estimated_by``.
+
+    Records after ``step`` are dropped on opening: they belong to steps that a crash has undone. Of
+    several processes that train together one may ``write``; it makes the folder. With
+    ``tensorboard``, all numbers and samples go to ``RUN/tensorboard`` as well.
     """
 
-    def __init__(self, run: Path, step: int, write: bool = True) -> None:
+    def __init__(self, run: Path, step: int, write: bool = True, tensorboard: bool = False) -> None:
         self.path = run / "metrics.jsonl"
-        self.records: list[dict[str, Any]] = []
+        self.records: Records = []
         self._writes = write
+        self._board: SummaryWriter | None = None
         if not write:
             return
         run.mkdir(parents=True, exist_ok=True)
+        if tensorboard:
+            self._board = _open_board(run / "tensorboard", step)
         if step and self.path.exists():
             self.records = [record for record in read_records(run) if record["step"] <= step]
         with whole_file(self.path) as file:
             for record in self.records:
                 file.write((json.dumps(record) + "\n").encode())
 
-    def log(self, step: int, **values: float) -> None:
+    def log(self, step: int, **values: object) -> None:
         """Append a record."""
         if not self._writes:
             return
@@ -40,33 +60,28 @@ class Metrics:
         self.records.append(record)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            for field, value in values.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(field, value, step)
+            if "sample" in values:
+                self._board.add_text(str(values["prompt"]), str(values["sample"]), step)
+            self._board.flush()
 
-    def plot(self, path: Path) -> None:
-        """Draw training and validation loss over the steps, in nats per token, as PNG."""
-        import matplotlib
-
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-
-        figure, axes = pyplot.subplots(figsize=(8, 4.5))
-        for field, style in (("train_nats", "-"), ("valid_nats", "o-")):
-            points = [(r["step"], r[field]) for r in self.records if field in r]
-            if points:
-                width = 0.6 if field == "train_nats" else 1.5
-                axes.plot(*zip(*points, strict=True), style, lw=width, ms=3, label=field)
-        last = [r["bits_per_byte"] for r in self.records if "bits_per_byte" in r]
-        axes.set_title(f"{last[-1]:.4f} bits per byte" if last else "training")
-        axes.set_xlabel("step")
-        axes.set_ylabel("nats per token")
-        axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
-        with whole_file(path) as file:
-            figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
-        pyplot.close(figure)
+    def last(self, field: str, default: float = 0.0) -> float:
+        """The newest value of ``field``."""
+        return next((r[field] for r in reversed(self.records) if field in r), default)
 
 
-def read_records(run: Path) -> list[dict[str, Any]]:
+def _open_board(folder: Path, step: int) -> SummaryWriter:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError("tensorboard", "tensorboard") from error
+    return SummaryWriter(str(folder), purge_step=step + 1)
+
+
+def read_records(run: Path) -> Records:
     """The records of a run, which may be under way.
 
     Raises OSError when they cannot be read, FormatError, naming the line, when they are damaged.
@@ -81,3 +96,12 @@ def read_records(run: Path) -> list[dict[str, Any]]:
             if number < len(lines):  # only the last can be half-written
                 raise FormatError(f"{path}: line {number} is not JSON") from None
     return records
+
+
+def series(records: Iterable[dict[str, Any]], *fields: str) -> list[np.ndarray]:
+    """Of each field the values, float64, from the records that have all of ``fields``.
+
+    What is null in a record is NaN.
+    """
+    rows = [[r[field] for field in fields] for r in records if all(f in r for f in fields)]
+    return list(np.array(rows, np.float64).reshape(-1, len(fields)).T)

@@ -16,6 +16,7 @@ from ..config import Config, RopeScaling
 from ..errors import ConfigError, MissingExtraError
 
 MAX_WEIGHT = 1000
+PROMPTS = ("Once upon a time", "The little dog", "Lily found a")
 # Settings that may differ between the parts of one run: they do not change what is learned.
 FREE_SETTINGS = (
     "every_eval",
@@ -26,6 +27,9 @@ FREE_SETTINGS = (
     "n_threads",
     "parallel",
     "activation_checkpointing",
+    "prompts",
+    "tensorboard",
+    "energy",
 )
 
 
@@ -43,7 +47,10 @@ class Recipe:
     documents of a source, by its name; 1 unless given, 0.5 is half of them, 2.5 all of them twice
     and half once more (``batches.mixture``). ``dtype``, ``compile`` and ``device`` "auto" mean:
     bf16 where the processor multiplies it natively, compiled where a compiler is found, cuda before
-    mps before cpu.
+    mps before cpu. ``prompts`` are continued every ``every_sample`` steps, each with the same
+    random numbers every time. ``tensorboard`` writes event files beside the metrics; ``energy``, a
+    country's three letters or "world", has energy and CO2 equivalent estimated
+    (``energy.EnergyMeter``).
 
     Processes that torchrun starts share each step's ``batch_size`` × ``grad_accum`` windows, at
     most ``batch_size`` at once; ``parallel`` says whether each holds the whole model ("ddp") or a
@@ -82,6 +89,9 @@ class Recipe:
     dtype: str = "auto"
     compile: str = "auto"
     n_threads: int = 0
+    prompts: list[str] = dataclasses.field(default_factory=lambda: list(PROMPTS))
+    tensorboard: bool = False
+    energy: str = ""
 
     def __post_init__(self) -> None:
         least = {
@@ -114,13 +124,16 @@ class Recipe:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
-        if not isinstance(self.activation_checkpointing, bool):
-            raise ConfigError(
-                f"activation_checkpointing is {self.activation_checkpointing!r};"
-                " it must be true or false"
-            )
+        for name in ("activation_checkpointing", "tensorboard"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         if not isinstance(self.init_from, str):
             raise ConfigError(f"init_from is {self.init_from!r}; it must be a path")
+        prompts = self.prompts
+        if not isinstance(prompts, list) or not all(isinstance(p, str) for p in prompts):
+            raise ConfigError(f"prompts is {prompts!r}; it must be a list of texts")
+        if not isinstance(self.energy, str):
+            raise ConfigError(f'energy is {self.energy!r}; it must be a country or "world"')
         if self.seq_len > self.model.max_seq_len:
             raise ConfigError(
                 f"seq_len ({self.seq_len}) is larger than model.max_seq_len"

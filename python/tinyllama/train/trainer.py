@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 from ..errors import ConfigError, FormatError, MissingExtraError, NonFiniteError
@@ -49,11 +46,16 @@ from .device import (
 from .distributed import Ranks, whole
 from .metrics import Metrics
 from .model import Llama
+from .page import run_page
 from .pairs import PairWindows
+from .peak import measure_peak
+from .progress import Progress, stop_on_signals
 from .validate import tell, validate
 
-PROMPT = "Once upon a time"
 EVERY_LOG = 10
+PAGE_S = 60.0  # no page within so many seconds of the one before: drawing takes one
+# The recipe's field with the highest learning rate of an optimizer.
+LEARNING_RATES = {"adamw": "learning_rate", "muon": "muon_learning_rate"}
 
 
 class Trainer:
@@ -114,7 +116,16 @@ class Trainer:
             load_optimizers(previous, self.model, self.optimizers)
         self.autocast = choose_autocast(recipe.dtype, device)
         self.loss = maybe_compiled(recipe.compile, device, self._loss)
-        self.metrics = Metrics(self.run, self.state.step, write=self.ranks.is_first)
+        self._meter = None
+        if recipe.energy and self.ranks.is_first_here:
+            from .energy import EnergyMeter
+
+            self._meter = EnergyMeter(recipe.energy)
+        self.metrics = Metrics(
+            self.run, self.state.step, self.ranks.is_first, tensorboard=recipe.tensorboard
+        )
+        self._used_before = self.metrics.last("kwh"), self.metrics.last("kg_co2eq")
+        self.rates: dict[str, float] = {}
         self._saver = Saver(self.run, recipe.keep_checkpoints)
         self._saved_step = self.state.step if previous is not None else -1
 
@@ -127,44 +138,35 @@ class Trainer:
         OSError when the last checkpoint cannot be written; earlier ones stay.
         """
         recipe = self.recipe
-        self._describe()
+        peak = self.ranks.sum(measure_peak(self.ranks.device, self.autocast))[0]
+        self._describe(peak)
         started = time.monotonic() - self.state.seconds
+        self._page_at = time.monotonic()
         self.model.train()
-        bar = tqdm(
-            total=recipe.steps * recipe.tokens_per_step,
-            initial=self.state.step * recipe.tokens_per_step,
-            unit="tok",
-            unit_scale=True,
-            mininterval=0.5 if sys.stderr.isatty() else 30.0,
-            disable=not self.ranks.is_first,
-        )
-        with bar, stop_on_signals() as stop, self._saver:
+        progress = Progress(recipe, self.state.step, peak, shown=self.ranks.is_first)
+        meter = self._meter or nullcontext()
+        with progress.bar, stop_on_signals() as stop, self._saver, meter:
             while self.state.step < recipe.steps and not any(self.ranks.sum(stop.is_set())):
+                began = time.perf_counter()
                 nats = self.step()
-                bar.update(recipe.tokens_per_step)
+                progress.add(time.perf_counter() - began, nats, self.rates["learning_rate"])
                 step, last = self.state.step, self.state.step == recipe.steps
                 self.state = dataclasses.replace(self.state, seconds=time.monotonic() - started)
                 if step % EVERY_LOG == 0 or last:
-                    fraction = recipe.lr_fraction(step - 1)
-                    self.metrics.log(
-                        step,
-                        train_nats=nats,
-                        grad_norm=self.grad_norm,
-                        lr_fraction=fraction,
-                        seconds=round(self.state.seconds, 1),
-                    )
-                    bar.set_postfix(loss=f"{nats:.3f}", refresh=False)
+                    seen = {"train_nats": nats, "grad_norm": self.grad_norm}
+                    self._log(**seen, **self.rates, **progress.speed())
+                if _due(step, recipe.every_sample, last):
+                    self.sample()
                 if _due(step, recipe.every_eval, last):
                     self._say(self.evaluate())
-                if _due(step, recipe.every_sample, last):
-                    self._say(self.sample())
+                    if time.monotonic() - self._page_at > PAGE_S:
+                        self._write_page()
                 if _due(step, recipe.every_save, False):
                     self._finish_saving()
                     self._start_saving()
         if self._saved_step != self.state.step or not self._finish_saving():
             self.save()
-        if self.ranks.is_first:
-            self.metrics.plot(self.run / "loss.png")
+        self._write_page()
         if self.state.step < recipe.steps:
             self._say(f"stopped after step {self.state.step}; the same command goes on from there")
         return find_checkpoint(self.run)
@@ -200,10 +202,11 @@ class Trainer:
             )
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
         self.grad_norm = float(whole(norm))
-        peaks = {"adamw": recipe.learning_rate, "muon": recipe.muon_learning_rate}
         for kind, optimizer in self.optimizers.items():
+            rate = getattr(recipe, LEARNING_RATES[kind]) * recipe.lr_fraction(step)
+            self.rates[LEARNING_RATES[kind]] = rate
             for group in optimizer.param_groups:
-                group["lr"] = peaks[kind] * recipe.lr_fraction(step)
+                group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.state = dataclasses.replace(self.state, step=step + 1, bits_per_byte=None)
@@ -218,21 +221,24 @@ class Trainer:
         self.state = dataclasses.replace(
             self.state, bits_per_byte=score.bits_per_byte, best_bits_per_byte=best
         )
-        self.metrics.log(
-            self.state.step, valid_nats=score.nats_per_token, bits_per_byte=score.bits_per_byte
+        self._log(
+            valid_nats=score.nats_per_token,
+            standard_error=score.standard_error,
+            bits_per_byte=score.bits_per_byte,
         )
+        self._log_energy()
         return (
             f"step {self.state.step}: validation {score.nats_per_token:.4f} nats per token,"
             f" {score.bits_per_byte:.4f} bits per byte"
         )
 
-    def sample(self) -> str:
-        """Tell a story and keep it in ``samples.txt``."""
-        story = tell(self.model, self.tokenizer, PROMPT, seed=self.state.step)
-        if self.ranks.is_first:
-            with open(self.run / "samples.txt", "a", encoding="utf-8") as file:
-                file.write(f"step {self.state.step}\n{story}\n\n")
-        return f"step {self.state.step}: {story}"
+    def sample(self) -> None:
+        """Continue the recipe's prompts, each with random numbers of its own, and keep that."""
+        for i, prompt in enumerate(self.recipe.prompts):
+            text = tell(self.model, self.tokenizer, prompt, seed=i)
+            self._log(prompt=prompt, sample=text)
+            if i == 0:
+                self._say(f"step {self.state.step}: {text}")
 
     def save(self) -> Path:
         """Write a checkpoint of the present step. Raises OSError when that cannot be done."""
@@ -243,6 +249,7 @@ class Trainer:
         return find_checkpoint(self.run)
 
     def _start_saving(self) -> None:
+        self._log_energy()
         snapshot = take_snapshot(
             self.state, self.model, self.optimizers, self.vocabulary, self.ranks.is_first
         )
@@ -274,18 +281,49 @@ class Trainer:
             logits.flatten(0, 1), targets.flatten(), ignore_index=UNSCORED, reduction="sum"
         )
 
-    def _describe(self) -> None:
+    def _log(self, **values: object) -> None:
+        state = self.state
+        tokens = state.step * self.recipe.tokens_per_step
+        self.metrics.log(state.step, tokens=tokens, seconds=round(state.seconds, 3), **values)
+
+    def _log_energy(self) -> None:
+        if self.recipe.energy:
+            used = self.ranks.sum(*(self._meter.read() if self._meter else (0.0, 0.0)))
+            kwh, kg_co2eq = (a + b for a, b in zip(self._used_before, used, strict=True))
+            source = self._meter.source if self._meter else ""
+            self._log(kwh=kwh, kg_co2eq=kg_co2eq, estimated_by=source)
+
+    def _describe(self, peak: float) -> None:
+        """Say what is trained on what, and begin the metrics with it."""
         recipe, windows = self.recipe, self.windows
         n_windows = recipe.steps * recipe.grad_accum * recipe.batch_size
         where = str(self.ranks.device)
         if self.ranks.count > 1:
             where = f"{self.ranks.count} × {self.ranks.device.type} ({recipe.parallel})"
         self._say(
-            f"{recipe.model.n_parameters / 1e6:.2f}M parameters on {where};"
+            f"{recipe.model.n_parameters / 1e6:.2f}M parameters on {where},"
+            f" {peak / 1e12:.3g} TFLOP/s at most;"
             f" {windows.n_documents:,} documents, {windows.n_tokens:,} tokens;"
             f" {recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens,"
             f" {n_windows / windows.windows_per_epoch:.1f} epochs; from step {self.state.step}"
         )
+        self._log(
+            recipe=recipe.to_dict(),
+            n_parameters=recipe.model.n_parameters,
+            n_documents=windows.n_documents,
+            n_tokens=windows.n_tokens,
+            valid_bytes=self.valid.n_bytes if self.valid else 0,
+            device=where,
+            peak_flop_per_s=peak,
+        )
+
+    def _write_page(self) -> None:
+        if self.ranks.is_first:
+            try:
+                run_page(self.run).write(self.run / "report.html")
+            except (OSError, MissingExtraError) as error:
+                self._say(f"no report: {error}")
+        self._page_at = time.monotonic()
 
     def _say(self, line: str) -> None:
         if self.ranks.is_first:
@@ -344,28 +382,6 @@ def make_optimizers(model: Llama, recipe: Recipe) -> dict[str, Optimizer]:
         fused=model.tok_embed.device.type in ("cpu", "cuda"),
     )
     return optimizers
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[threading.Event]:
-    """An event that the first SIGINT or SIGTERM sets; a second one acts as it always does."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, frame: object) -> None:
-        stop.set()
-        signal.signal(number, before[signal.Signals(number)])
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _due(step: int, every: int, last: bool) -> bool:

@@ -24,9 +24,14 @@ ROWS = 16
 
 
 class Validation(NamedTuple):
-    """Score of a split: mean loss of a token, and total loss in bits over the text's bytes."""
+    """Score of a split: mean loss of a token, and total loss in bits over the text's bytes.
+
+    ``standard_error`` is that of ``nats_per_token`` as a mean over documents drawn at random, whose
+    tokens are not independent of each other; None of a single document.
+    """
 
     nats_per_token: float
+    standard_error: float | None
     bits_per_byte: float
     n_tokens: int
 
@@ -50,40 +55,55 @@ def validate(
     device = model.tok_embed.device
     pieces = sorted(_pieces(split, model.config.max_seq_len), key=lambda piece: len(piece[0]))
     ranks = ranks or Ranks(device)
-    total, count = 0.0, 0
+    by_document, count = np.zeros(len(split)), 0
     was_training = model.training
     model.eval()
     with torch.no_grad():
         # As many passes on every rank: those that share tensors wait for one another.
         for start in range(0, len(pieces), ROWS * ranks.count):
             i = start + ROWS * ranks.rank
-            rows = pieces[i : i + ROWS] or [(pieces[0][0], len(pieces[0][0]))]
-            width = max(len(tokens) for tokens, _ in rows)
+            rows = pieces[i : i + ROWS] or [(pieces[0][0], len(pieces[0][0]), 0)]
+            width = max(len(tokens) for tokens, _, _ in rows)
             tokens = np.zeros((len(rows), width), np.int64)
             scored = np.zeros((len(rows), width - 1), bool)
-            for row, (piece, first) in enumerate(rows):
+            for row, (piece, first, _) in enumerate(rows):
                 tokens[row, : len(piece)] = piece
                 scored[row, first : len(piece) - 1] = True
             batch = torch.from_numpy(tokens).to(device)
             logits = forward(batch[:, :-1]).float()
             nats = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none")
-            mask = torch.from_numpy(scored.ravel()).to(device)
-            total += float(nats[mask].double().sum())
+            by_row = nats.cpu().double().numpy().reshape(scored.shape).sum(1, where=scored)
+            np.add.at(by_document, [document for _, _, document in rows], by_row)
             count += int(scored.sum())
     model.train(was_training)
-    total, n_scored = ranks.sum(total, count)
-    return Validation(total / n_scored, total / math.log(2) / split.n_bytes, int(n_scored))
+    n_scored, *sums = ranks.sum(count, *by_document)
+    total, by_document = sum(sums), np.array(sums)
+    mean = total / n_scored
+    error = _standard_error(by_document - mean * (split.length - np.maximum(1, split.prompt)), n_scored)
+    return Validation(mean, error, total / math.log(2) / split.n_bytes, int(n_scored))
 
 
-def _pieces(split: Split, context: int) -> Iterator[tuple[np.ndarray, int]]:
-    """(tokens, index of the first to score among tokens[1:]) of each window of each document."""
+def _standard_error(deviations: np.ndarray, n_tokens: float) -> float | None:
+    """Of a mean over tokens that come in whole documents: the one of a ratio of two sums.
+
+    ``deviations`` (n_documents,): the loss of each less what the mean would make of its tokens.
+    (Cochran, Sampling Techniques, 1977, chapter 6.)
+    """
+    n = len(deviations)
+    if n < 2:
+        return None
+    return math.sqrt(n / (n - 1) * float((deviations**2).sum())) / n_tokens
+
+
+def _pieces(split: Split, context: int) -> Iterator[tuple[np.ndarray, int, int]]:
+    """(tokens, index of the first to score among tokens[1:], document) of each window."""
     for i in range(len(split)):
         n_targets = int(split.length[i]) - 1
         begin, scored = 0, max(0, int(split.prompt[i]) - 1)
         while scored < n_targets:
             end = min(begin + context, n_targets)
             if end > scored:
-                yield split.document(i, begin, end + 1), scored - begin
+                yield split.document(i, begin, end + 1), scored - begin, i
                 scored = end
             begin = max(0, end - context // 2)
 

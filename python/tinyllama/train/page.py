@@ -1,0 +1,237 @@
+"""A run as a page: what it is, how good it is, its curves, its texts, and what it has used."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import FormatError
+from ..report import Page, new_figure
+from .metrics import Records, read_records, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Half the width of a 95 % interval, in standard errors.
+INTERVAL = 1.96
+SHOWN_POINTS = 1000
+SHOWN_SAMPLES = 8
+CURVES = {
+    "gradient norm, before clipping": ("grad_norm",),
+    "learning rate": ("learning_rate", "muon_learning_rate"),
+    "tokens per second": ("tok_per_s",),
+}
+
+
+def run_page(run: Path) -> Page:
+    """The page of the run in that folder, ended or under way, from its metrics alone.
+
+    Raises OSError or FormatError where it has none, MissingExtraError without matplotlib.
+    """
+    records = read_records(run)
+    beginning = newest(records, "recipe", run)
+    page = Page(f"Training of {run.resolve().name}")
+    _add_summary(page, records, beginning)
+    _add_loss(page, records)
+    _add_curves(page, records)
+    _add_validations(page, records)
+    _add_samples(page, records)
+    page.heading("Recipe")
+    recipe = dict(beginning["recipe"])
+    recipe |= {f"model.{field}": value for field, value in recipe.pop("model").items()}
+    page.table(["setting", "value"], [[key, str(value)] for key, value in recipe.items()])
+    return page
+
+
+def newest(records: Records, field: str, run: Path) -> dict[str, Any]:
+    """The last record that has ``field``. Raises FormatError when there is none."""
+    for record in reversed(records):
+        if field in record:
+            return record
+    raise FormatError(f"{run / 'metrics.jsonl'}: no record has {field!r}")
+
+
+def smoothed(values: np.ndarray) -> np.ndarray:
+    """``values`` (n,) as an exponential average over about a fiftieth of them, without bias."""
+    keep = 1 - 1 / max(2.0, len(values) / 50)
+    total, weight = 0.0, 0.0
+    result = np.empty(len(values))
+    for i, value in enumerate(values):
+        total, weight = keep * total + value, keep * weight + 1
+        result[i] = total / weight
+    return result
+
+
+def thinned(*arrays: np.ndarray) -> list[np.ndarray]:
+    """As many points of each as a drawing can show, first and last among them."""
+    n = len(arrays[0])
+    chosen = np.unique(np.linspace(0, n - 1, min(n, SHOWN_POINTS)).astype(int))
+    return [array[chosen] for array in arrays]
+
+
+def duration(seconds: float) -> str:
+    """ "1:02:03": hours, minutes, seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def _add_summary(page: Page, records: Records, beginning: dict[str, Any]) -> None:
+    recipe, last = beginning["recipe"], records[-1]
+    steps = recipe["steps"]
+    tokens = last["tokens"]
+    rows: list[list[object]] = [
+        ["parameters", beginning["n_parameters"]],
+        [
+            "text",
+            f"{beginning['n_documents']:,} documents, {beginning['n_tokens']:,} tokens",
+        ],
+        [
+            "seen",
+            f"{tokens:,} tokens, {tokens / beginning['n_tokens']:.2f} epochs;"
+            f" {last['step']:,} of {steps:,} steps",
+        ],
+        ["time", duration(last["seconds"])],
+        ["device", beginning["device"]],
+    ]
+    speeds = series(records, "tok_per_s", "peak_share")
+    if len(speeds[0]):
+        speed, share = (float(np.median(values)) for values in speeds)
+        rows.append(["speed", f"{speed:,.0f} tokens per second, the median"])
+        rows.append(
+            [
+                "share of the peak",
+                f"{share:.1%} of the {beginning['peak_flop_per_s'] / 1e12:.3g} TFLOP/s that matrix"
+                " products reached here when it began",
+            ]
+        )
+        if last["step"] < steps:
+            left = (steps * tokens / max(1, last["step"]) - tokens) / speed
+            rows.append(["time left", f"about {duration(left)}"])
+    rows += _validation_rows(records)
+    page.table(["", "ended" if last["step"] == steps else "under way"], rows)
+
+
+def _validation_rows(records: Records) -> list[list[object]]:
+    found = [record for record in records if "bits_per_byte" in record]
+    if not found:
+        return [["validation", "none yet"]]
+    last, best = found[-1], min(found, key=lambda record: float(record["bits_per_byte"]))
+    error = last["standard_error"]
+    rows: list[list[object]] = [
+        ["validation loss", f"{last['valid_nats']:.4f}{plus_minus(error)} nats per token"],
+        ["perplexity", f"{math.exp(last['valid_nats']):.3f}"],
+        ["bits per byte", f"{last['bits_per_byte']:.4f}{plus_minus(bits_error(last))}"],
+    ]
+    if best is not last:
+        at = f"{best['bits_per_byte']:.4f} at step {best['step']:,}"
+        rows.append(["bits per byte, the best", at])
+    return rows
+
+
+def bits_error(validation: dict[str, Any]) -> float | None:
+    """The standard error of a record's bits per byte."""
+    error = validation["standard_error"]
+    if error is None:
+        return None
+    return float(error / validation["valid_nats"] * validation["bits_per_byte"])
+
+
+def plus_minus(error: float | None) -> str:
+    """ " ± 0.0123", half the width of a 95 % interval; nothing where it is not known."""
+    return "" if error is None else f" ± {INTERVAL * error:.4f}"
+
+
+def _add_loss(page: Page, records: Records) -> None:
+    figure = new_figure(8.0, 4.5)
+    axes = figure.subplots()
+    tokens, nats = series(records, "tokens", "train_nats")
+    if len(tokens):
+        at, raw, smooth = thinned(tokens, nats, smoothed(nats))
+        axes.plot(at, raw, color="C0", lw=0.6, alpha=0.4, label="training, a step")
+        axes.plot(at, smooth, color="C0", lw=1.5, label="training, smoothed")
+    at, valid, error = series(records, "tokens", "valid_nats", "standard_error")
+    if len(at):
+        axes.plot(at, valid, "o-", color="C1", ms=3, lw=1.5, label="validation")
+        low, high = valid - INTERVAL * error, valid + INTERVAL * error
+        axes.fill_between(at, low, high, color="C1", alpha=0.25, lw=0)
+    # The first steps, near ln(vocabulary), would press all that matters into the lower edge.
+    settled = np.concatenate([smoothed(nats)[len(nats) // 20 :], valid])
+    if len(settled):
+        axes.set_ylim(top=float(settled.max()) + 0.1)
+    _dress(axes, "nats per token")
+    page.heading("Loss")
+    page.figure(
+        figure,
+        "Band: 95 % interval of the validation loss over documents. Training is measured with"
+        " dropout, on text of windows; smoothed over about a fiftieth of the run.",
+    )
+
+
+def _add_curves(page: Page, records: Records) -> None:
+    if not len(series(records, "grad_norm")[0]):
+        return
+    figure = new_figure(8.0, 5.5)
+    for axes, (title, fields) in zip(figure.subplots(len(CURVES)), CURVES.items(), strict=True):
+        for field in fields:
+            axes.plot(*thinned(*series(records, "tokens", field)), lw=0.8, label=field)
+        axes.set_ylim(bottom=0)
+        _dress(axes, title)
+    page.figure(figure)
+
+
+def _dress(axes: Axes, ylabel: str) -> None:
+    axes.set(xlabel="tokens", ylabel=ylabel)
+    axes.grid(alpha=0.3)
+    if len(axes.lines) > 1:
+        axes.legend()
+
+
+def _add_validations(page: Page, records: Records) -> None:
+    """The table that the authors of TeenyTinyLlama published (arXiv 2401.16640)."""
+    used = {record["step"]: record for record in records if "kwh" in record}
+    header = ["step", "tokens", "time", "nats per token", "perplexity", "bits per byte"]
+    if used:
+        header += ["kWh (estimated)", "kg CO₂ equivalent (estimated)"]
+    rows = []
+    for record in records:
+        if "valid_nats" not in record:
+            continue
+        row: list[object] = [
+            record["step"],
+            record["tokens"],
+            duration(record["seconds"]),
+            f"{record['valid_nats']:.4f}{plus_minus(record['standard_error'])}",
+            f"{math.exp(record['valid_nats']):.3f}",
+            f"{record['bits_per_byte']:.4f}",
+        ]
+        if used:
+            energy = used.get(record["step"])
+            row += [f"{energy[f]:.4g}" if energy else "" for f in ("kwh", "kg_co2eq")]
+        rows.append(row)
+    if not rows:
+        return
+    page.heading("Validation")
+    page.table(header, rows, "± half of a 95 % interval over documents")
+    if used:
+        last = list(used.values())[-1]
+        page.text(
+            f"In all {last['kwh']:.4g} kWh and {last['kg_co2eq']:.4g} kg of CO₂ equivalent. These"
+            f" are estimates, of the whole machine, by {last['estimated_by']}."
+        )
+
+
+def _add_samples(page: Page, records: Records) -> None:
+    by_prompt: dict[str, Records] = {}
+    for record in records:
+        if "sample" in record:
+            by_prompt.setdefault(record["prompt"], []).append(record)
+    if by_prompt:
+        page.heading("Samples")
+        page.text("Continued with the same random numbers every time, at temperature 0.8.")
+    for prompt, samples in by_prompt.items():
+        page.heading(prompt, level=3)
+        chosen = np.linspace(0, len(samples) - 1, min(len(samples), SHOWN_SAMPLES)).astype(int)
+        page.table(["step", "text"], [[samples[i]["step"], samples[i]["sample"]] for i in chosen])
