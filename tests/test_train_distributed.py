@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("sentencepiece")
 
-from tiny_training import RECIPE, VOCAB, learned, same, weights, write_tokens  # noqa: E402
+from tiny_training import RECIPE, VOCAB, as_toml, learned, same, weights, write_tokens  # noqa: E402
 from tinyllama.config import Config  # noqa: E402
 from tinyllama.errors import ConfigError  # noqa: E402
 from tinyllama.formats.hf import load_hf  # noqa: E402
@@ -67,13 +66,6 @@ def torchrun(n: int, recipe: Recipe, data: Path, run: Path, **changes: object) -
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
-
-
-def as_toml(recipe: Recipe) -> str:
-    values = recipe.to_dict()
-    model = {k: v for k, v in values.pop("model").items() if v is not None}
-    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
-    return "\n".join([*lines, "[model]", *(f"{k} = {json.dumps(v)}" for k, v in model.items())])
 
 
 def curve(run: Path, field: str) -> dict[int, float]:

@@ -72,6 +72,14 @@ def learned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
+def as_toml(recipe: Recipe) -> str:
+    """The recipe as ``--config`` reads it."""
+    values = recipe.to_dict()
+    model = {k: v for k, v in values.pop("model").items() if v is not None}
+    lines = [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    return "\n".join([*lines, "[model]", *(f"{k} = {json.dumps(v)}" for k, v in model.items())])
+
+
 def weights(trainer: Trainer) -> dict[str, np.ndarray]:
     return {name: value.detach().numpy() for name, value in trainer.model.state_dict().items()}
 
