@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import ArgumentError
 from ..report import Page, new_figure
 from .metrics import Records, read_records, series
-from .page import bits_error, duration, newest, plus_minus, smoothed, thinned
+from .page import bits_error, dress, duration, newest, plus_minus, smoothed, thinned
 
 
 class Standing(NamedTuple):
@@ -101,16 +101,15 @@ class Comparison:
                     start = len(at) // 20  # from ln(vocabulary) everything falls alike
                     at, values = thinned(at[start:], smoothed(values)[start:])
                 axes.plot(at, values, "-" if smooth else "o-", ms=3, lw=1.2, label=name)
-            axes.set(xlabel=x, ylabel="nats per token" if smooth else "bits per byte")
-            axes.grid(alpha=0.3)
-            axes.legend()
+            dress(axes, x, "nats per token" if smooth else "bits per byte")
             page.figure(figure)
         return page
 
     def table(self) -> tuple[list[str], list[list[object]]]:
         """Header and rows: the runs in the order they were named in."""
         goal = f"{self.goal:.4f}"
-        header = ["run", "parameters", "bits per byte", "best", f"tokens to {goal}", "time"]
+        header = ["run", "parameters", "bits per byte", "best"]
+        header += [f"tokens to {goal}", f"time to {goal}"]
         rows = []
         for s in self.standings:
             most = "≤ " if s.before else ""

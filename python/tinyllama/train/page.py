@@ -20,7 +20,7 @@ INTERVAL = 1.96
 SHOWN_POINTS = 1000
 SHOWN_SAMPLES = 8
 CURVES = {
-    "gradient norm, before clipping": ("grad_norm",),
+    "gradient norm": ("grad_norm",),
     "learning rate": ("learning_rate", "muon_learning_rate"),
     "tokens per second": ("tok_per_s",),
 }
@@ -78,12 +78,21 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
+def dress(axes: Axes, xlabel: str, ylabel: str) -> None:
+    """Name the axes, and the lines where there are several."""
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.3)
+    if len(axes.lines) > 1:
+        axes.legend()
+
+
 def _add_summary(page: Page, records: Records, beginning: dict[str, Any]) -> None:
     recipe, last = beginning["recipe"], records[-1]
     steps = recipe["steps"]
     tokens = last["tokens"]
     rows: list[list[object]] = [
-        ["parameters", beginning["n_parameters"]],
+        ["parameters", f"{beginning['n_parameters']:,}"],
         [
             "text",
             f"{beginning['n_documents']:,} documents, {beginning['n_tokens']:,} tokens",
@@ -161,12 +170,12 @@ def _add_loss(page: Page, records: Records) -> None:
     settled = np.concatenate([smoothed(nats)[len(nats) // 20 :], valid])
     if len(settled):
         axes.set_ylim(top=float(settled.max()) + 0.1)
-    _dress(axes, "nats per token")
+    dress(axes, "tokens", "nats per token")
     page.heading("Loss")
     page.figure(
         figure,
-        "Band: 95 % interval of the validation loss over documents. Training is measured with"
-        " dropout, on text of windows; smoothed over about a fiftieth of the run.",
+        "The band is the 95 % interval of the validation loss over documents. Training loss is that"
+        " of single steps, smoothed over about a fiftieth of the run.",
     )
 
 
@@ -178,21 +187,14 @@ def _add_curves(page: Page, records: Records) -> None:
         for field in fields:
             axes.plot(*thinned(*series(records, "tokens", field)), lw=0.8, label=field)
         axes.set_ylim(bottom=0)
-        _dress(axes, title)
+        dress(axes, "tokens", title)
     page.figure(figure)
-
-
-def _dress(axes: Axes, ylabel: str) -> None:
-    axes.set(xlabel="tokens", ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    if len(axes.lines) > 1:
-        axes.legend()
 
 
 def _add_validations(page: Page, records: Records) -> None:
     """The table that the authors of TeenyTinyLlama published (arXiv 2401.16640)."""
     used = {record["step"]: record for record in records if "kwh" in record}
-    header = ["step", "tokens", "time", "nats per token", "perplexity", "bits per byte"]
+    header = ["step", "tokens", "time", "nats per token", "±", "perplexity", "bits per byte"]
     if used:
         header += ["kWh (estimated)", "kg CO₂ equivalent (estimated)"]
     rows = []
@@ -203,7 +205,8 @@ def _add_validations(page: Page, records: Records) -> None:
             record["step"],
             record["tokens"],
             duration(record["seconds"]),
-            f"{record['valid_nats']:.4f}{plus_minus(record['standard_error'])}",
+            f"{record['valid_nats']:.4f}",
+            plus_minus(record["standard_error"]).removeprefix(" ± "),
             f"{math.exp(record['valid_nats']):.3f}",
             f"{record['bits_per_byte']:.4f}",
         ]
