@@ -327,16 +327,18 @@ def write_run(folder: Path, points: list[tuple[int, float, float]], valid_bytes:
 
 
 def test_runs_compared_by_hand(tmp_path: Path, capsys: Any) -> None:
-    """The worst run's best is 1.5: b comes to it a quarter of the way from its first to its second
-    validation, c has it before its first."""
+    """The worst run's best is 1.5: b comes to it halfway from its first to its second validation,
+    c has it before its first."""
     a = write_run(tmp_path / "a", [(100, 10.0, 3.0), (200, 20.0, 1.5), (300, 30.0, 1.75)])
-    b = write_run(tmp_path / "b", [(100, 50.0, 1.75), (200, 90.0, 0.75), (300, 99.0, 1.0)])
+    b = write_run(
+        tmp_path / "b", [(100, 50.0, 1.75), (200, 90.0, 1.25), (300, 99.0, 0.75), (400, 120.0, 1.0)]
+    )
     c = write_run(tmp_path / "c", [(100, 7.0, 1.25)])
     found = Comparison([a, b, c])
     assert found.goal == 1.5 and found.same_text
     assert [(s.final, s.best, s.tokens, s.seconds, s.before) for s in found.standings] == [
         (1.75, 1.5, 200.0, 20.0, False),
-        (1.0, 0.75, 125.0, 60.0, False),
+        (1.0, 0.75, 150.0, 70.0, False),
         (1.25, 1.25, 100.0, 7.0, True),
     ]
     page = tmp_path / "compare.html"
@@ -345,7 +347,7 @@ def test_runs_compared_by_hand(tmp_path: Path, capsys: Any) -> None:
     interval = f"{1.96 * 0.1 / 2:.4f}"  # of bits, which are half of these nats
     rows = [
         [a, "7", f"1.7500 ± {interval}", "1.5000", "200", "0:00:20"],
-        [b, "7", f"1.0000 ± {interval}", "0.7500", "125", "0:01:00"],
+        [b, "7", f"1.0000 ± {interval}", "0.7500", "150", "0:01:10"],
         [c, "7", f"1.2500 ± {interval}", "1.2500", "≤ 100", "≤ 0:00:07"],
     ]
     assert table_rows(page)[1:4] == rows

@@ -53,7 +53,8 @@ from .progress import Progress, stop_on_signals
 from .validate import tell, validate
 
 EVERY_LOG = 10
-PAGE_S = 60.0  # no page within so many seconds of the one before: drawing takes one
+# Drawing a page takes a second: while training goes on, there is none for so many.
+PAGE_S = 60.0
 # The recipe's field with the highest learning rate of an optimizer.
 LEARNING_RATES = {"adamw": "learning_rate", "muon": "muon_learning_rate"}
 

@@ -79,7 +79,9 @@ def validate(
     n_scored, *sums = ranks.sum(count, *by_document)
     total, by_document = sum(sums), np.array(sums)
     mean = total / n_scored
-    error = _standard_error(by_document - mean * (split.length - np.maximum(1, split.prompt)), n_scored)
+    error = _standard_error(
+        by_document - mean * (split.length - np.maximum(1, split.prompt)), n_scored
+    )
     return Validation(mean, error, total / math.log(2) / split.n_bytes, int(n_scored))
 
 
