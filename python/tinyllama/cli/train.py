@@ -13,7 +13,7 @@ A recipe is a preset, a TOML file, chosen for a --size, or for going on --from a
 --set changes single values of it. DATA is a folder made by `tinyllama data prepare`; of pairs of
 prompt and completion only the completions are learned. Below RUN come checkpoints (Hugging Face
 directories step-…, the last two and the best kept), metrics.jsonl and report.html, a page with
-curves, samples and scores that is renewed at every validation.
+curves, samples and scores that is renewed at validations, once a minute at most.
 
 Where DATA has several sources, weights mix them: --set weights.NAME=3 sees each of its documents
 three times in an epoch, 0.5 half of them, 0 none; 1 is the default. Validation text is never
@@ -44,11 +44,17 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser = subparsers.add_parser(
         "train",
         help="train a model from a recipe and prepared tokens",
+        usage="tinyllama train (--preset NAME | --size N | --from MODEL | --config FILE | --resume)"
+        "\n                       --data DIR --out RUN [options]\n"
+        "       tinyllama train report RUN\n"
+        "       tinyllama train compare RUN RUN ... [--out FILE.html]",
         description="Train a Llama on prepared tokens.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(title="of runs that are there", metavar="VERB")
+    verbs = parser.add_subparsers(
+        title="verbs for runs that are there", metavar="VERB", prog="tinyllama train"
+    )
     _register_report(verbs)
     _register_compare(verbs)
     recipe = parser.add_mutually_exclusive_group()
@@ -89,8 +95,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "--energy",
         metavar="COUNTRY",
-        help="estimate energy, and CO2 equivalent by the electricity of a country (three letters,"
-        " such as BRA) or of the world (extra energy)",
+        help="estimate energy, and CO2 equivalent by the electricity of a country: three letters,"
+        " such as BRA, or world for the average (extra energy)",
     )
     parser.set_defaults(handler=train)
 
@@ -130,19 +136,22 @@ def train(args: argparse.Namespace) -> int:
         raise ArgumentError("train needs one of --preset, --size, --from, --config and --resume")
     if not (args.data and args.out):
         raise ArgumentError("train needs --data and --out")
-    args.set += ["tensorboard=true"] * args.tensorboard
-    args.set += [f"energy={args.energy}"] * bool(args.energy)
+    settings = [*args.set]
+    if args.tensorboard:
+        settings.append("tensorboard=true")
+    if args.energy:
+        settings.append(f"energy={args.energy}")
     if args.preset:
-        recipe = load_preset(args.preset, args.set, args.fast)
+        recipe = load_preset(args.preset, settings, args.fast)
     elif args.config:
-        recipe = load_recipe(args.config, args.set, args.fast)
+        recipe = load_recipe(args.config, settings, args.fast)
     elif args.start:
         from ..train.checkpoint import read_start
         from ..train.recipe import recipe_from_dict
         from ..train.sizing import tuned_recipe
 
         recipe = tuned_recipe(read_start(args.start).config, args.start)
-        recipe = recipe_from_dict(recipe.to_dict(), f"--from {args.start}", args.set)
+        recipe = recipe_from_dict(recipe.to_dict(), f"--from {args.start}", settings)
     elif args.size:
         from ..train.batches import TokenFolder
         from ..train.recipe import recipe_from_dict
@@ -151,14 +160,14 @@ def train(args: argparse.Namespace) -> int:
         folder = TokenFolder(args.data)
         n_tokens = folder.split("train").n_tokens
         recipe = sized_recipe(parse_size(args.size), folder.vocab_size, n_tokens)
-        recipe = recipe_from_dict(recipe.to_dict(), f"--size {args.size}", args.set)
+        recipe = recipe_from_dict(recipe.to_dict(), f"--size {args.size}", settings)
     else:
         from ..train.checkpoint import find_checkpoint, load_state
         from ..train.recipe import recipe_from_dict
 
         previous = find_checkpoint(args.out)
         source = str(previous / "trainer.json")
-        recipe = recipe_from_dict(load_state(previous).recipe, source, args.set)
+        recipe = recipe_from_dict(load_state(previous).recipe, source, settings)
     from ..train.trainer import Trainer
 
     trainer = Trainer(recipe, args.data, args.out)

@@ -1,20 +1,15 @@
-"""What a run shows of itself: its metrics, its speed, its energy, its page, and runs compared."""
+"""What a run records of itself: losses, their uncertainty, speed, samples, energy."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-import html
 import json
 import math
-import os
 import re
-import signal
-import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,12 +25,10 @@ from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from tiny_training import CONFIG, RECIPE, as_toml, learned, write_tokens  # noqa: E402
 from tinyllama.cli import main  # noqa: E402
 from tinyllama.config import Config  # noqa: E402
-from tinyllama.errors import ArgumentError, ConfigError, FormatError  # noqa: E402
+from tinyllama.errors import ConfigError  # noqa: E402
 from tinyllama.train.batches import Split, TokenFolder  # noqa: E402
-from tinyllama.train.compare import Comparison  # noqa: E402
 from tinyllama.train.metrics import read_records, series  # noqa: E402
 from tinyllama.train.model import Llama  # noqa: E402
-from tinyllama.train.page import run_page, smoothed  # noqa: E402
 from tinyllama.train.peak import flops_per_token, measure_peak  # noqa: E402
 from tinyllama.train.progress import Progress  # noqa: E402
 from tinyllama.train.trainer import Trainer  # noqa: E402
@@ -54,26 +47,6 @@ def run(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "a <run>"
     Trainer(RECIPE, tokens, run).train()
     return run
-
-
-class FakeMeter:
-    """Energy that goes up by a kilowatt hour each time it is read, at 250 g of CO2."""
-
-    source = "nobody; <constant>"
-
-    def __init__(self, country: str) -> None:
-        self.country, self.kwh, self.running = country, 0.0, False
-
-    def __enter__(self) -> FakeMeter:
-        self.running = True
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.running = False
-
-    def read(self) -> tuple[float, float]:
-        self.kwh += 1.0
-        return self.kwh, self.kwh / 4
 
 
 def test_the_records_of_a_run(run: Path) -> None:
@@ -216,177 +189,6 @@ def test_the_bar_says_loss_rate_speed_time_left_and_share(
     assert re.search(r"256/768 \[\d\d:\d\d<[\d?:]+, .*tok/s", said)
 
 
-@pytest.fixture
-def fake_meter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(
-        sys.modules, "tinyllama.train.energy", SimpleNamespace(EnergyMeter=FakeMeter)
-    )
-
-
-@pytest.mark.usefixtures("fake_meter")
-def test_energy_is_read_where_the_run_is_judged_and_goes_on(tokens: Path, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(RECIPE, energy="BRA", every_save=0)
-    first = Trainer(recipe, tokens, tmp_path)
-    one_step = first.step
-
-    def step_then_stop() -> float:
-        if first.state.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return one_step()
-
-    first.step = step_then_stop  # type: ignore[method-assign]
-    first.train()
-    used = series(first.metrics.records, "step", "kwh", "kg_co2eq")
-    np.testing.assert_array_equal(used, [[4, 5], [1, 2], [0.25, 0.5]])
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "tokens": 384, "seconds": 1.0, "kwh": 70.0, "kg_co2eq": 7.0}\n')
-    Trainer(recipe, tokens, tmp_path).train()
-    records = read_records(tmp_path)
-    used = series(records, "step", "kwh", "kg_co2eq")
-    np.testing.assert_array_equal(used[:2], [[4, 5, 8, 12, 12], [1, 2, 3, 4, 5]])
-    np.testing.assert_array_equal(used[2], used[1] / 4)
-    cells = table_rows(tmp_path / "report.html")
-    rows = [row for row in cells if row[0] in ("4", "8", "12") and len(row) == 9]
-    assert [row[-2:] for row in rows] == [["1", "0.25"], ["3", "0.75"], ["5", "1.25"]]
-    page = html.unescape((tmp_path / "report.html").read_text())
-    assert "estimates, of the whole machine, by nobody; <constant>" in page
-    assert "kWh (estimated)" in page
-
-
-def table_rows(page: Path) -> list[list[str]]:
-    text = page.read_text(encoding="utf-8")
-    rows = re.findall("<tr>(.*?)</tr>", text, re.DOTALL)
-    return [
-        [html.unescape(cell) for cell in re.findall("<td[^>]*>(.*?)</td>", row, re.DOTALL)] or [""]
-        for row in rows
-    ]
-
-
-def test_the_page_shows_what_the_metrics_hold_and_loads_nothing(run: Path) -> None:
-    text = (run / "report.html").read_text(encoding="utf-8")
-    assert "Training of a &lt;run&gt;" in text and "<run>" not in text
-    assert not re.search(r"<(script|link|img)|url\((?!#)|@import", text)
-    assert all(a.startswith("#") for a in re.findall(r'(?:src|href)="([^"]*)"', text))
-    assert "kWh" not in text  # nobody measured
-    rows = table_rows(run / "report.html")
-    records = read_records(run)
-    for r in records:
-        if "valid_nats" in r:
-            half = 1.96 * r["standard_error"]
-            assert [
-                *(str(r["step"]), f"{r['tokens']:,}", rows[4][1]),
-                *(f"{r['valid_nats']:.4f}", f"{half:.4f}"),
-                f"{math.exp(r['valid_nats']):.3f}",
-                f"{r['bits_per_byte']:.4f}",
-            ] in [[*row[:2], rows[4][1], *row[3:]] for row in rows]
-        if "sample" in r:
-            assert [str(r["step"]), r["sample"]] in rows
-    assert ["parameters", f"{CONFIG.n_parameters:,}"] in rows
-    assert ["muon_learning_rate", "0.01"] in rows and ["model.dim", "16"] in rows
-
-
-def test_a_page_of_a_run_under_way(run: Path, tmp_path: Path, capsys: Any) -> None:
-    """Made by another process, from however much is there."""
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    for n in range(1, next(i for i, line in enumerate(lines) if '"step": 12' in line)):
-        (tmp_path / "metrics.jsonl").write_text("".join(lines[:n]) + lines[n][:20])
-        assert main(["train", "report", str(tmp_path)]) == 0
-        text = (tmp_path / "report.html").read_text(encoding="utf-8")
-        assert "under way" in text and "Recipe" in text
-        assert ("time left" in text) == any("train_nats" in line for line in lines[:n])
-    (tmp_path / "metrics.jsonl").write_text("{}}\n" + lines[0])
-    assert main(["train", "report", str(tmp_path)]) == 2
-    assert "metrics.jsonl: line 1 is not JSON" in capsys.readouterr().err
-    (tmp_path / "metrics.jsonl").write_text(lines[-1])
-    with pytest.raises(FormatError, match="no record has 'recipe'"):
-        run_page(tmp_path)
-
-
-def test_smoothing_is_an_average_that_forgets() -> None:
-    np.testing.assert_allclose(smoothed(np.full(7, 3.25)), 3.25)
-    keep = 1 - 1 / 4
-    x = np.random.default_rng(0).normal(size=200)
-    i = 123
-    weights = keep ** np.arange(i, -1, -1)
-    assert smoothed(x)[i] == pytest.approx((weights * x[: i + 1]).sum() / weights.sum())
-
-
-def write_run(folder: Path, points: list[tuple[int, float, float]], valid_bytes: int = 5) -> str:
-    """A run of only metrics: (tokens, seconds, bits per byte) of its validations."""
-    folder.mkdir()
-    recipe = {**RECIPE.to_dict(), "steps": 9}
-    head = {"recipe": recipe, "n_parameters": 7, "valid_bytes": valid_bytes}
-    records: list[dict[str, Any]] = [{"step": 0, "tokens": 0, "seconds": 0.0, **head}]
-    for step, (tokens, seconds, bits) in enumerate(points, 1):
-        at = {"step": step, "tokens": tokens, "seconds": seconds}
-        records.append({**at, "train_nats": 2 * bits})
-        score = {"valid_nats": 2 * bits, "standard_error": 0.1, "bits_per_byte": bits}
-        records.append({**at, **score})
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
-    return str(folder)
-
-
-def test_runs_compared_by_hand(tmp_path: Path, capsys: Any) -> None:
-    """The worst run's best is 1.5: b comes to it halfway from its first to its second validation,
-    c has it before its first."""
-    a = write_run(tmp_path / "a", [(100, 10.0, 3.0), (200, 20.0, 1.5), (300, 30.0, 1.75)])
-    b = write_run(
-        tmp_path / "b", [(100, 50.0, 1.75), (200, 90.0, 1.25), (300, 99.0, 0.75), (400, 120.0, 1.0)]
-    )
-    c = write_run(tmp_path / "c", [(100, 7.0, 1.25)])
-    found = Comparison([a, b, c])
-    assert found.goal == 1.5 and found.same_text
-    assert [(s.final, s.best, s.tokens, s.seconds, s.before) for s in found.standings] == [
-        (1.75, 1.5, 200.0, 20.0, False),
-        (1.0, 0.75, 150.0, 70.0, False),
-        (1.25, 1.25, 100.0, 7.0, True),
-    ]
-    page = tmp_path / "compare.html"
-    assert main(["train", "compare", a, b, c, "--out", str(page)]) == 0
-    said = capsys.readouterr().out
-    interval = f"{1.96 * 0.1 / 2:.4f}"  # of bits, which are half of these nats
-    rows = [
-        [a, "7", f"1.7500 ± {interval}", "1.5000", "200", "0:00:20"],
-        [b, "7", f"1.0000 ± {interval}", "0.7500", "150", "0:01:10"],
-        [c, "7", f"1.2500 ± {interval}", "1.2500", "≤ 100", "≤ 0:00:07"],
-    ]
-    assert table_rows(page)[1:4] == rows
-    for row in rows:
-        assert re.search(r"\s{2,}".join(map(re.escape, row)), said)
-    assert page.read_text().count("<svg") == 4 and "different text" not in said
-
-
-def test_a_comparison_that_says_nothing_says_so(tmp_path: Path, capsys: Any) -> None:
-    a = write_run(tmp_path / "a", [(100, 10.0, 3.0)])
-    b = write_run(tmp_path / "b", [(100, 10.0, 2.0)], valid_bytes=6)
-    assert main(["train", "compare", a, b]) == 0
-    assert "validated on different text" in capsys.readouterr().out
-    c = write_run(tmp_path / "c", [])
-    for runs, error, message in (
-        ([a], ArgumentError, "two runs or more"),
-        ([a, b, a], ArgumentError, "named twice"),
-        ([a, c], FormatError, "c.metrics.jsonl: no record has 'bits_per_byte'"),
-        ([a, tmp_path / "d"], OSError, "d.metrics.jsonl"),
-    ):
-        with pytest.raises(error, match=message):
-            Comparison(runs)
-
-
-def test_the_verbs_leave_training_as_it_was(tokens: Path, tmp_path: Path, capsys: Any) -> None:
-    config = tmp_path / "recipe.toml"
-    config.write_text(as_toml(dataclasses.replace(RECIPE, steps=1)))
-    arguments = ["--config", str(config), "--data", str(tokens), "--out", str(tmp_path / "run")]
-    for missing, message in ((0, "one of --preset"), (2, "--data and --out"), (4, "--data and")):
-        shorter = arguments[:missing] + arguments[missing + 2 :]
-        assert main(["train", *shorter]) == 2
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-    assert main(["train", *arguments, "--set", 'prompts=["the cat"]']) == 0
-    samples = [r for r in read_records(tmp_path / "run") if "sample" in r]
-    assert [(r["step"], r["prompt"]) for r in samples] == [(1, "the cat")]
-    assert samples[0]["sample"].startswith("the cat")
-
-
 def test_samples_are_drawn_alike_every_time(tokens: Path, tmp_path: Path) -> None:
     trainer = Trainer(RECIPE, tokens, tmp_path)
     trainer.sample()
@@ -406,7 +208,10 @@ def test_tensorboard_has_the_same_numbers_and_goes_on(tokens: Path, tmp_path: Pa
         trainer.step()
     trainer.evaluate()  # undone by the crash that comes now
     del trainer
-    Trainer(recipe, tokens, tmp_path).train()
+    config = tmp_path / "recipe.toml"
+    config.write_text(as_toml(RECIPE))
+    arguments = ["--config", str(config), "--data", str(tokens), "--out", str(tmp_path)]
+    assert main(["train", *arguments, "--tensorboard"]) == 0
     board = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
     records = read_records(tmp_path)
