@@ -135,8 +135,8 @@ def test_the_standard_error_is_that_of_resampled_documents(tokens: Path) -> None
 def only(split: Split, i: int) -> Split:
     """The split of one document."""
     one = copy.copy(split)
-    one.shard, one.start, one.length = (
-        a[i : i + 1] for a in (split.shard, split.start, split.length)
+    one.shard, one.start, one.length, one.prompt = (
+        a[i : i + 1] for a in (split.shard, split.start, split.length, split.prompt)
     )
     return one
 

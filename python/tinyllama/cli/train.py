@@ -15,6 +15,9 @@ prompt and completion only the completions are learned. Below RUN come checkpoin
 directories step-…, the last two and the best kept), metrics.jsonl and report.html, a page with
 curves, samples and scores that is renewed at validations, once a minute at most.
 
+mfu in the progress bar is the share that the model's FLOPs have of the matrix products that this
+machine can do, as measured at the start (PaLM, arXiv 2204.02311, appendix B).
+
 Where DATA has several sources, weights mix them: --set weights.NAME=3 sees each of its documents
 three times in an epoch, 0.5 half of them, 0 none; 1 is the default. Validation text is never
 weighted.

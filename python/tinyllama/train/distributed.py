@@ -89,7 +89,7 @@ class Ranks:
     def sum(self, *values: float) -> list[float]:
         """Of each value the sum over all ranks."""
         if self.count == 1:
-            return list(values)
+            return [float(value) for value in values]
         kind = torch.float32 if self.device.type == "mps" else torch.float64
         sums = torch.tensor(values, dtype=kind, device=self.device)
         dist.all_reduce(sums)
