@@ -117,28 +117,60 @@ def test_a_checkpoint_of_four_goes_on_in_two_and_in_one(
 
 def stop_at(step: int, n: int, recipe: Recipe, data: Path, run: Path) -> None:
     """Train in ``n`` processes, of which the last gets a signal after ``step`` steps."""
-    script = run.with_suffix(f".{step}.py")
-    script.write_text(
-        "import os, signal, sys\n"
-        "from tinyllama.train import distributed, trainer\n"
-        "from tinyllama.train.recipe import load_recipe\n"
-        "trainer = trainer.Trainer(load_recipe(sys.argv[1]), sys.argv[2], sys.argv[3])\n"
-        "one_step = trainer.step\n"
-        "def step():\n"
-        "    nats = one_step()\n"
-        f"    if trainer.state.step == {step} and trainer.ranks.rank == trainer.ranks.count - 1:\n"
-        "        os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return nats\n"
-        "trainer.step = step\n"
-        "trainer.train()\n"
-        "distributed.leave()\n"
+    script(
+        n,
+        recipe,
+        data,
+        run,
+        "import os, signal",
+        "one_step = trainer.step",
+        "def step():",
+        "    nats = one_step()",
+        f"    if trainer.state.step == {step} and trainer.ranks.rank == trainer.ranks.count - 1:",
+        "        os.kill(os.getpid(), signal.SIGTERM)",
+        "    return nats",
+        "trainer.step = step",
     )
-    config = run.with_suffix(".toml")
+
+
+def script(n: int, recipe: Recipe, data: Path, run: Path, *lines: str) -> str:
+    """Train in ``n`` processes, which do ``lines`` before they begin: what they said."""
+    file, config = run.with_suffix(".py"), run.with_suffix(".toml")
+    begin = [
+        "import sys",
+        "from tinyllama.train import checkpoint, distributed",
+        "from tinyllama.train.recipe import load_recipe",
+        "from tinyllama.train.trainer import Trainer",
+        "trainer = Trainer(load_recipe(sys.argv[1]), sys.argv[2], sys.argv[3])",
+    ]
+    file.write_text("\n".join([*begin, *lines, "trainer.train()", "distributed.leave()"]))
     config.write_text(as_toml(recipe))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(n), str(script), str(config), str(data), str(run)]
+    command += ["--nproc-per-node", str(n), str(file), str(config), str(data), str(run)]
     done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
+    return done.stderr
+
+
+def test_a_last_save_that_fails_on_the_first_rank_is_done_again_by_all(
+    tokens: Path, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(RECIPE, steps=2, every_save=2, every_sample=0, parallel="fsdp")
+    said = script(
+        2,
+        recipe,
+        tokens,
+        tmp_path / "run",
+        "write, failed = checkpoint.write_checkpoint, []",
+        "def fail_once(*arguments):",
+        "    if not failed:",
+        "        failed.append(True)",
+        "        raise OSError('disk full')",
+        "    return write(*arguments)",
+        "checkpoint.write_checkpoint = fail_once",
+    )
+    assert "step 2 could not be saved, others stay: disk full" in said
+    assert find_checkpoint(tmp_path / "run").name == "step-00000002"
 
 
 def test_the_ranks_share_every_window_once() -> None:

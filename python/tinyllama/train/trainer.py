@@ -259,15 +259,14 @@ class Trainer:
         self._saved_step = self.state.step
 
     def _finish_saving(self) -> bool:
-        """Wait for the checkpoint that is being written; whether it is whole."""
+        """Wait for the checkpoint that is being written: whether it is whole on all ranks."""
+        failed = False
         try:
             self._saver.wait()
         except OSError as error:
-            self._say(
-                f"step {self._saved_step} could not be saved, earlier checkpoints stay: {error}"
-            )
-            return False
-        return True
+            failed = True
+            self._say(f"step {self._saved_step} could not be saved, others stay: {error}")
+        return not any(self.ranks.sum(failed))
 
     def _forward(self, tokens: Tensor) -> Tensor:
         with self.autocast():
