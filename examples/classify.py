@@ -200,6 +200,7 @@ def main() -> None:
         model = fine_tune(args, rows, labels, len(names), seed)
         said = [names[i] for i in predict(model, asked, args.batch_size)]
         results[args.model].append(score(said, expected))
+        print(f"seed {seed}: {results[args.model][-1]}", file=sys.stderr)
     print(table(results))
     if args.out:
         seconds = round(time.monotonic() - started)
