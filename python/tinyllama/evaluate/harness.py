@@ -153,8 +153,7 @@ class TinyLlamaLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                     prompts = [self.tok_encode(requests[k].args[0])[-room:] for k in part]
                     done = self.model.complete(prompts, params=params)
                     for k, completion in zip(part, done, strict=True):
-                        # `hf` decodes by a tokenizer that drops a text's first space.
-                        texts[k] = completion.text.removeprefix(" ")
+                        texts[k] = completion.text
                         self.cache_hook.add_partial("generate_until", requests[k].args, texts[k])
                     bar.update(len(part))
         return texts
