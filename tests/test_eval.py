@@ -11,7 +11,7 @@ import pytest
 import tinyllama
 from random_models import forced_model, tiny_checkpoint, tiny_model
 from tinyllama.cli import main
-from tinyllama.data import Documents
+from tinyllama.data import Documents, prepare
 from tinyllama.errors import ArgumentError
 from tinyllama.evaluate.perplexity import of_documents, of_text
 from tinyllama.formats.gguf import write_gguf
@@ -142,6 +142,23 @@ def test_eval_reads_a_named_file_whatever_its_ending(model_file, tmp_path, capsy
     assert "documents       1\n" in capsys.readouterr().out
     assert main(["eval", model_file, "--text", model_file]) == 2
     assert f"{model_file}: unknown kind of file, and not text" in capsys.readouterr().err
+
+
+def test_eval_on_what_a_folder_of_tokens_holds_out(model_file, tmp_path, capsys):
+    pytest.importorskip("sentencepiece")
+    texts = [f"{TEXT} {i}  two spaces, 猫 and ção" for i in range(30)]
+    for name, some in (("train", texts), ("valid", texts[:5])):
+        (tmp_path / f"{name}.txt").write_text("\n<|endoftext|>\n".join(some), encoding="utf-8")
+    own = tmp_path / "own.model"  # another tokenizer than the model's
+    tinyllama.tokenizer.train(tmp_path / "train.txt", own, 300)
+    prepare(tmp_path / "train.txt", own, tmp_path / "tokens", valid=tmp_path / "valid.txt")
+    figures = []
+    for source in ("tokens", "valid.txt"):
+        text = str(tmp_path / source)
+        assert main(["eval", model_file, "--text", text, "--threads", "1", "--json"]) == 0
+        figures.append(json.loads(capsys.readouterr().out)["text"])
+        del figures[-1]["file"], figures[-1]["tok_per_s"]
+    assert figures[0] == figures[1] and figures[0]["documents"] == 5
 
 
 def test_eval_of_an_empty_file_is_refused(model_file, tmp_path, capsys):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from datetime import datetime, timezone
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from ..evaluate.prompts import Prompts
     from ..generation import Completion
     from ..model import Model
+    from ..train.batches import Texts
 
 DESCRIPTION = """\
 Measure a model in one way or several at once.
@@ -60,8 +62,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     modes.add_argument(
         "--text",
         metavar="FILE",
-        help="documents, in any form that `tinyllama data prepare` reads; in a .txt a line"
-        " <|endoftext|> separates them",
+        help="documents, in any form that `tinyllama data prepare` reads (in a .txt a line"
+        " <|endoftext|> separates them), or a folder that it wrote: those held out there",
     )
     modes.add_argument("--stories", action="store_true", help="the stories it tells")
     modes.add_argument("--tasks", metavar="NAME,…", help="tasks, as `lm-eval ls tasks` names them")
@@ -182,7 +184,9 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
-    for inputs in (args.text, args.cut, args.train_text):
+    if args.text:
+        _documents(args)
+    for inputs in (args.cut, args.train_text):
         if inputs:
             Documents(inputs)
     if args.report:
@@ -203,10 +207,9 @@ def _print(results: dict[str, Any]) -> None:
 
 def _text(model: Model, args: argparse.Namespace) -> dict[str, Any]:
     """Bits per byte of ``--text``."""
-    from ..data.documents import Documents
     from ..evaluate.perplexity import of_documents
 
-    documents = Documents(args.text, field=args.field)
+    documents = _documents(args)
     seen = {"documents": 0, "bytes": 0}
     texts = (text for _, text in _watched(documents, seen, "scoring"))
     start = time.perf_counter()
@@ -222,6 +225,18 @@ def _text(model: Model, args: argparse.Namespace) -> dict[str, Any]:
         **seen,
         "tok_per_s": score.n_tokens / (time.perf_counter() - start),
     }
+
+
+def _documents(args: argparse.Namespace) -> Documents | Texts:
+    """The documents of ``--text``."""
+    from ..data.documents import Documents
+    from ..formats.sentencepiece import open_processor
+    from ..train.batches import Texts, TokenFolder
+
+    if not (Path(args.text) / "manifest.json").exists():
+        return Documents(args.text, field=args.field)
+    folder = TokenFolder(args.text)
+    return Texts(folder.split("valid"), open_processor(folder.tokenizer.read_bytes()))
 
 
 def _stories(model: Model, args: argparse.Namespace) -> dict[str, Any]:
@@ -354,7 +369,9 @@ def _tasks(model: Model, args: argparse.Namespace) -> dict[str, dict[str, float]
     }
 
 
-def _watched(documents: Documents, seen: dict[str, int], what: str) -> Iterator[tuple[str, str]]:
+def _watched(
+    documents: Documents | Texts, seen: dict[str, int], what: str
+) -> Iterator[tuple[str, str]]:
     """The documents that are not empty, counted in ``seen``, with a bar on stderr on a terminal."""
     bar = progress_bar(documents.size, what, unit="B", unit_scale=True)
     for where, text in documents:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..errors import ConfigError, FormatError
+
+if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
 
 UNSCORED = -100  # a target that is no target: what torch's cross_entropy passes over
 
@@ -123,6 +126,23 @@ class Split:
         tokens = self.document(i, first, last)
         tokens[: max(0, int(self.prompt[i]) - first)] = UNSCORED
         return tokens
+
+
+class Texts:
+    """The documents of a split as text: an iterable of (where, text), as ``data.Documents`` is.
+
+    ``size`` and ``position`` count bytes, for progress bars.
+    """
+
+    def __init__(self, split: Split, tokenizer: SentencePieceProcessor) -> None:
+        self.split, self.tokenizer = split, tokenizer
+        self.size, self.position = split.n_bytes, 0
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for i in range(len(self.split)):
+            text = self.tokenizer.decode(self.split.document(i).tolist())
+            self.position += len(text.encode())
+            yield f"{self.split.name}: document {i + 1}", text
 
 
 def _read_prompts(folder: Path, shard: dict[str, Any], length: np.ndarray) -> np.ndarray:
