@@ -3,10 +3,10 @@
     python benchmarks/fast.py --data tokens --out runs [--preset stories1m] [--seeds 1,2,3]
                               [--set KEY=VALUE]
 
-Trains two runs for each seed, below --out, one after the other; what is there already is not trained
-again, what was stopped goes on. Printed as a table and as JSON: the bits per byte at the end of
-both, and the share of the recipe's tokens and seconds after which fast had those of the recipe's
-end (between two validations a straight line is drawn), "not reached" where it never had.
+Trains two runs for each seed, below --out, one after the other; what is there already is not
+trained again, what was stopped goes on. Printed as a table and as JSON: the bits per byte at the
+end of both, and the share of the recipe's tokens and seconds after which fast had those of the
+recipe's end (between two validations a straight line is drawn), "not reached" where it never had.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -186,6 +187,29 @@ def test_bits_per_byte_scores_every_document_alone_from_bos(tokens: Path) -> Non
     assert score.bits_per_byte == pytest.approx(total / math.log(2) / split.n_bytes, rel=1e-5)
     short = Llama(dataclasses.replace(CONFIG, max_seq_len=12))
     assert validate(short, split).n_tokens == count  # longer documents: each token once
+
+
+def test_documents_of_a_window_do_not_see_one_another() -> None:
+    torch.manual_seed(0)
+    config = dataclasses.replace(CONFIG, n_kv_heads=CONFIG.n_heads // 2)
+    model, plain = Llama(config, bos_id=1), Llama(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8.0)
+        plain.load_state_dict(model.state_dict())
+        # The end of a document, a whole one, the beginning of a third; and one that is not cut.
+        documents = [[9, 8, 7, 2], [1, 5, 5, 6, 2], [1, 9, 8]]
+        window = torch.tensor([[*itertools.chain(*documents)], [1, *range(3, 14)]])
+        alone = torch.cat([plain(torch.tensor([one]))[0] for one in documents])
+        torch.testing.assert_close(model(window)[0], alone, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(window)[1], plain(window)[1])
+        assert not torch.allclose(plain(window)[0, 4:], alone[4:], atol=0.1)
+
+
+def test_the_recipe_says_whether_documents_see_one_another(tokens: Path, tmp_path: Path) -> None:
+    for mask, bos_id in ((False, None), (True, TokenFolder(tokens).bos_id)):
+        recipe = dataclasses.replace(RECIPE, document_mask=mask)
+        assert Trainer(recipe, tokens, tmp_path / f"{mask}").model.bos_id == bos_id
 
 
 def test_weight_decay_falls_on_matrices_only() -> None:

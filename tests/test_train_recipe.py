@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tinyllama.cli import main
 from tinyllama.errors import ConfigError
 from tinyllama.train.model import Llama
 from tinyllama.train.recipe import load_preset, load_recipe, preset_names, recipe_from_dict
@@ -150,6 +151,25 @@ def test_wrong_settings_are_named(tmp_path: Path, setting: str, message: str) ->
     with pytest.raises(ConfigError, match=message) as caught:
         load_recipe(path, [setting])
     assert "small.toml" in str(caught.value) or "--set" in str(caught.value)
+
+
+def test_fast_values_count_where_they_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL.replace("[model]", "[fast]\nsteps = 7\ndocument_mask = true\n[model]"))
+    assert load_recipe(path).steps != 7 and not load_recipe(path).document_mask
+    assert load_recipe(path, fast=True).steps == 7 and load_recipe(path, fast=True).document_mask
+    assert load_recipe(path, ["steps=9"], fast=True).steps == 9
+    path.write_text(SMALL)
+    with pytest.raises(ConfigError, match=r"small\.toml has no \[fast\] section"):
+        load_recipe(path, fast=True)
+
+
+def test_fast_belongs_to_a_recipe_with_such_values(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "run")
+    assert main(["train", "--size", "1M", "--fast", "--data", str(tmp_path), "--out", out]) == 2
+    assert "--fast takes the [fast] section of a --preset" in capsys.readouterr().err
 
 
 def test_missing_parts_and_unknown_presets_are_named(tmp_path: Path) -> None:

@@ -137,6 +137,8 @@ def train(args: argparse.Namespace) -> int:
     # Not left to argparse, which would ask the verbs for them as well.
     if not (args.preset or args.size or args.config or args.start or args.resume):
         raise ArgumentError("train needs one of --preset, --size, --from, --config and --resume")
+    if args.fast and not (args.preset or args.config):
+        raise ArgumentError("--fast takes the [fast] section of a --preset or a --config")
     if not (args.data and args.out):
         raise ArgumentError("train needs --data and --out")
     settings = [*args.set]

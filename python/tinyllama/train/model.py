@@ -47,18 +47,24 @@ class Layer(nn.Module):
                 empty = nn.Parameter(torch.ones(shape))
                 self.register_parameter(name.removeprefix("layers.0."), empty)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, tap: Tap) -> Tensor:
-        """``x`` (batch, n_tokens, dim) -> the same shape."""
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor | None, tap: Tap
+    ) -> Tensor:
+        """``x`` (batch, n_tokens, dim) -> the same shape. ``hidden``: see :func:`mix_heads`."""
         if self.recompute and self.training:
-            result: Tensor = checkpoint(self._forward, x, cos, sin, tap, use_reentrant=False)
+            result: Tensor = checkpoint(
+                self._forward, x, cos, sin, hidden, tap, use_reentrant=False
+            )
             return result
-        return self._forward(x, cos, sin, tap)
+        return self._forward(x, cos, sin, hidden, tap)
 
-    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, tap: Tap) -> Tensor:
+    def _forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor | None, tap: Tap
+    ) -> Tensor:
         eps = self.config.norm_eps
         h = rms_norm(x, self.attn_norm, eps)
         tap("attn_norm", h)
-        h = F.linear(self._attention(h, cos, sin, tap), self.wo)
+        h = F.linear(self._attention(h, cos, sin, hidden, tap), self.wo)
         x = x + drop(h, self.dropout, self.training)
         tap("attn_out", x)
         h = rms_norm(x, self.ffn_norm, eps)
@@ -70,7 +76,9 @@ class Layer(nn.Module):
         tap("ffn_out", x)
         return x
 
-    def _attention(self, h: Tensor, cos: Tensor, sin: Tensor, tap: Tap) -> Tensor:
+    def _attention(
+        self, h: Tensor, cos: Tensor, sin: Tensor, hidden: Tensor | None, tap: Tap
+    ) -> Tensor:
         config = self.config
         batch, n_tokens, _ = h.shape
         heads = (batch, n_tokens, -1, config.head_dim)
@@ -83,7 +91,7 @@ class Layer(nn.Module):
         group = config.n_heads // config.n_kv_heads  # query heads that share a key head
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         k, v = (t.repeat_interleave(group, dim=1) if group > 1 else t for t in (k, v))
-        mixed = mix_heads(q, k, v)
+        mixed = mix_heads(q, k, v, hidden)
         mixed = mixed.transpose(1, 2).reshape(batch, n_tokens, -1)
         tap("attn", mixed)
         return mixed
@@ -94,18 +102,27 @@ class Llama(nn.Module):
 
     ``dropout`` acts on the embedding and on both branches that are added to the residual stream,
     in training mode only; see :func:`drop`. With ``recompute`` only the input of each layer is
-    kept, and the layer computed again for its gradients (Chen et al., arXiv 1604.06174). Weights
-    start normal with deviation 0.02, those that write to the residual stream divided by
+    kept, and the layer computed again for its gradients (Chen et al., arXiv 1604.06174). With
+    ``bos_id`` no token sees one before the last ``bos_id`` at or before itself: what is packed into
+    a window together stays apart (as in Llama 3, arXiv 2407.21783, section 3.2). Weights start
+    normal with deviation 0.02, those that write to the residual stream divided by
     sqrt(2 n_layers) (GPT-2, llama2.c).
     """
 
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, config: Config, dropout: float = 0.0, recompute: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        dropout: float = 0.0,
+        recompute: bool = False,
+        bos_id: int | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.dropout = dropout
+        self.bos_id = bos_id
         self.tok_embed = nn.Parameter(torch.empty(config.vocab_size, config.dim))
         self.layers = nn.ModuleList(
             Layer(config, dropout, recompute) for _ in range(config.n_layers)
@@ -140,8 +157,15 @@ class Llama(nn.Module):
         x = F.embedding(tokens, self.tok_embed)
         tap("tok_embed", x)
         x = drop(x, self.dropout, self.training)
+        hidden = None
+        if self.bos_id is not None:
+            document = (tokens == self.bos_id).cumsum(1)
+            apart = document[:, None, :, None] != document[:, None, None, :]
+            hidden = apart | future(n_tokens, tokens.device)
         for i, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, lambda stage, value, i=i: tap(f"layers.{i}.{stage}", value))
+            x = layer(
+                x, cos, sin, hidden, lambda stage, value, i=i: tap(f"layers.{i}.{stage}", value)
+            )
         x = rms_norm(x, self.final_norm, self.config.norm_eps)
         tap("final_norm", x)
         logits = F.linear(x, self.tok_embed if self.lm_head is None else self.lm_head)
@@ -181,18 +205,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return turned.flatten(-2).to(x.dtype)
 
 
-def mix_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal softmax attention over (batch, heads, n_tokens, head_dim).
+def mix_heads(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None = None) -> Tensor:
+    """Softmax attention over (batch, heads, n_tokens, head_dim).
 
-    On a CPU, plain matrix products train faster than the fused kernel at these small sizes;
-    elsewhere the fused kernel saves the memory of the scores.
+    ``hidden``: bool, (batch, 1, n_tokens, n_tokens), what a token (row) does not see; None: what
+    comes after it. On a CPU, plain matrix products train faster than the fused kernel at these
+    small sizes; elsewhere the fused kernel saves the memory of the scores.
     """
     if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    n_tokens = q.shape[2]
+        if hidden is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden)
+    if hidden is None:
+        hidden = future(q.shape[2], q.device)
     scores = (q @ k.transpose(2, 3)).float() / math.sqrt(q.shape[3])
-    future = torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=q.device).triu(1)
-    return scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v
+    return scores.masked_fill(hidden, -math.inf).softmax(-1).to(v.dtype) @ v
+
+
+def future(n_tokens: int, device: torch.device) -> Tensor:
+    """What a token does not see where all before it counts: bool (n_tokens, n_tokens)."""
+    return torch.ones(n_tokens, n_tokens, dtype=torch.bool, device=device).triu(1)
 
 
 def _ignore(stage: str, value: Tensor) -> None:

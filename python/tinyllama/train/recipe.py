@@ -45,7 +45,8 @@ class Recipe:
     one that ships), whose weights are the starting point. With ``epochs``, ``steps`` follows from
     the data, which are seen so many times. ``weights`` mixes the data: how often an epoch has the
     documents of a source, by its name; 1 unless given, 0.5 is half of them, 2.5 all of them twice
-    and half once more (``batches.mixture``). ``dtype``, ``compile`` and ``device`` "auto" mean:
+    and half once more (``batches.mixture``). With ``document_mask`` attention ends where a document
+    begins, though a window holds several. ``dtype``, ``compile`` and ``device`` "auto" mean:
     bf16 where the processor multiplies it natively, compiled where a compiler is found, cuda before
     mps before cpu. ``prompts`` are continued every ``every_sample`` steps, each with the same
     random numbers every time. ``tensorboard`` writes event files beside the metrics; ``energy``, a
@@ -77,6 +78,7 @@ class Recipe:
     schedule: str = "cosine"
     final_lr_fraction: float = 0.0
     dropout: float = 0.0
+    document_mask: bool = False
     seed: int = 1
     every_eval: int = 500
     every_save: int = 500
@@ -124,7 +126,7 @@ class Recipe:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
-        for name in ("activation_checkpointing", "tensorboard"):
+        for name in ("activation_checkpointing", "document_mask", "tensorboard"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be true or false")
         if not isinstance(self.init_from, str):

@@ -98,7 +98,12 @@ class Trainer:
         self.share = self.ranks.share(recipe.batch_size * recipe.grad_accum)
         be_deterministic()
         torch.manual_seed(recipe.seed)
-        self.model = Llama(recipe.model, recipe.dropout, recipe.activation_checkpointing)
+        self.model = Llama(
+            recipe.model,
+            recipe.dropout,
+            recipe.activation_checkpointing,
+            folder.bos_id if recipe.document_mask else None,
+        )
         self.state = TrainerState(
             0, recipe.to_dict(), folder.sha256, torch.get_num_threads(), data=folder.counts
         )
