@@ -39,6 +39,7 @@ def shape(name: str) -> Recipe:
     recipe = load_preset("stories15m") if name == "15m" else sized_recipe(3_000_000, 2048, 10**9)
     return dataclasses.replace(
         recipe, seq_len=SEQ_LEN, grad_accum=1, optimizer="adamw", dtype="bf16", dropout=0.0,
+        document_mask=False,  # the peer has none
         every_eval=0, every_save=0, every_sample=0, device="cpu", learning_rate=5e-4,
     )  # fmt: skip
 

@@ -34,7 +34,8 @@ def sized_recipe(size: int, vocab_size: int, n_tokens: int) -> Recipe:
     Layers of the proportions that small Llamas have (a width of 32 times their number at a million
     parameters, 64 times at a hundred), trained by Muon with learning rates that fall slowly with
     the size: those at 1M and 5M were found by trial on stories (docs/training_log.md), the others
-    follow from them. Raises ConfigError when the embedding would be nearly all of it.
+    follow from them. Documents do not see one another. Raises ConfigError when the embedding would
+    be nearly all of it.
     """
     model = _shape(size, vocab_size)
     millions = size / 1e6
@@ -54,6 +55,7 @@ def sized_recipe(size: int, vocab_size: int, n_tokens: int) -> Recipe:
         muon_learning_rate=_rounded(0.01 * millions**-0.12),
         schedule="linear",
         warmup_steps=max(20, steps // 50),
+        document_mask=True,
         every_eval=max(50, steps // 10),
         every_save=max(50, steps // 20),
         every_sample=max(50, steps // 10),
