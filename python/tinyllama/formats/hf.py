@@ -92,7 +92,6 @@ def save_hf(checkpoint: Checkpoint, folder: PathLike, dtype: str = "f32") -> Non
     """
     if dtype not in _TORCH_DTYPES:
         raise ArgumentError(f"dtype is {dtype!r}; a Hugging Face folder takes f32, f16 or bf16")
-    folder = Path(os.path.realpath(folder))
     texts: dict[str, bytes] = tokenizer_files(checkpoint.vocabulary, checkpoint.config)
     texts["config.json"] = to_json(_config_fields(checkpoint, dtype))
     texts["generation_config.json"] = to_json(_generation_fields(checkpoint))
