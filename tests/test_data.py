@@ -96,15 +96,23 @@ def test_text_without_separator_is_one_document_and_the_separator_can_be_named(t
     ]
 
 
-def test_folders_and_globs_are_sorted_and_each_file_is_read_once(tmp_path):
+def test_folders_and_globs_are_sorted_and_each_file_is_read_once(tmp_path, monkeypatch):
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.txt", "deep/c.jsonl"):
         path = tmp_path / name
         path.write_bytes((as_jsonl if name.endswith("jsonl") else as_text)([name]))
     (tmp_path / "notes.md").write_text("not read")
     (tmp_path / ".hidden.txt").write_text("not read")
+    (tmp_path / "deep/.checkpoints").mkdir()
+    (tmp_path / "deep/.checkpoints/c.jsonl").write_bytes(as_jsonl(["not read"]))
     assert texts(tmp_path) == ["a.txt", "b.txt", "deep/c.jsonl"]
     assert texts(tmp_path / "b.txt", f"{tmp_path}/*.txt") == ["b.txt", "a.txt"]
+    hidden = tmp_path / "deep/.checkpoints"
+    assert texts(hidden) == ["not read"]
+    monkeypatch.chdir(tmp_path / "deep")
+    assert texts("../a.txt", tmp_path / "a.txt", "../deep/../*.txt") == ["a.txt", "b.txt"]
+    with pytest.raises(ArgumentError, match=r"a\.txt is in two sources, one and two"):
+        Documents(["one=../a.txt", f"two={tmp_path}/a.txt"])
 
 
 @pytest.mark.parametrize("name", ["README", "stories.md", "a.b.log", "stories.gz"])
@@ -252,6 +260,18 @@ def test_check_finds_everything_and_repair_mends_it(tmp_path):
         key: finding.count for key, finding in check(mended, max_bytes=100).total.findings.items()
     }
     assert again == dict.fromkeys(counts, 0) | {"lost": 1, "duplicates": again["duplicates"]}
+
+
+def test_what_is_counted_is_the_mended_text(tmp_path):
+    pytest.importorskip("ftfy")
+    quotes, space = "“a” " * 15, damage("\u2003")  # an em space and nothing else
+    path, mended = tmp_path / "a.txt", tmp_path / "mended.txt"
+    path.write_bytes(as_text([damage(quotes), "Sound.", space]))
+    assert len(damage(quotes).encode()) > 130 > len(quotes.encode())
+    report = check(path, repair=mended, max_bytes=130).total
+    counts = {key: finding.count for key, finding in report.findings.items() if finding.count}
+    assert counts == {"damaged": 2, "empty": 1}
+    assert texts(mended) == [quotes.strip(), "Sound."] and report.kept.documents == 2
 
 
 def test_repair_refuses_before_it_writes(tmp_path):

@@ -47,8 +47,8 @@ class Documents:
       data set, ``hf:…`` (see ``HubDataset``).
 
     Each file may end in ``.gz`` or ``.zst`` as well. A folder stands for all such files in it and
-    below, sorted, a glob for those that it matches; a file named twice is read once. Memory holds
-    one document at a time, but for ``.json``, which cannot be read in parts.
+    below, sorted, but for hidden ones, a glob for those that it matches; a file named twice is read
+    once. Memory holds one document at a time, but for ``.json``, which cannot be read in parts.
 
     An input that is a string may begin with ``NAME=``, letters, digits, ``_`` and ``-``: inputs of
     one name are a source, those without a name the source "text". Sources come one after another;
@@ -229,9 +229,10 @@ def find_sources(
         source, place = (named[1], named[2]) if named else (DEFAULT_SOURCE, given)
         is_hub = isinstance(place, str) and place.startswith(PREFIX)
         for item in [HubDataset(str(place))] if is_hub else find_files(Path(place)):
-            before = source_of.get(str(item))
+            key = os.path.realpath(item) if isinstance(item, Path) else str(item)
+            before = source_of.get(key)
             if before is None:
-                source_of[str(item)] = source
+                source_of[key] = source
                 sources.setdefault(source, []).append(item)
             elif before != source:
                 raise ArgumentError(f"{item} is in two sources, {before} and {source}")
@@ -243,7 +244,11 @@ def find_sources(
 def find_files(path: Path) -> list[Path]:
     """The files that a file, a folder or a glob stands for, in order."""
     if path.is_dir():
-        files = sorted(file for file in path.rglob("[!.]*") if _is_known_file(file))
+        files = sorted(
+            file
+            for file in path.rglob("*")
+            if _is_known_file(file) and not _is_hidden(file.relative_to(path))
+        )
         if not files:
             raise ArgumentError(f"{path}: the folder holds no {', '.join(KINDS)} file")
         return files
@@ -256,6 +261,10 @@ def find_files(path: Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"{path}: no file matches that ends in {', '.join(KINDS)}")
     return files
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _is_known_file(path: Path) -> bool:
