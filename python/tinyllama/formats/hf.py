@@ -154,13 +154,20 @@ def _read_config(fields: dict[str, Any], source: str, n_tensors: int) -> Config:
             n_kv_heads=_given(fields, "num_key_value_heads", 0),
             head_dim=_given(fields, "head_dim", 0),
             hidden_dim=_given(fields, "intermediate_size", 11008),
-            rope_theta=float(rope.get("rope_theta", 10000.0)),
+            rope_theta=_number(rope, "rope_theta", 10000.0),
             rope_scaling=_rope_scaling(rope, source),
-            norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+            norm_eps=_number(fields, "rms_norm_eps", 1e-6),
             tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
         )
-    except (ConfigError, TypeError, ValueError) as error:
+    except (ConfigError, OverflowError) as error:
         raise FormatError(f"{source}: {error}") from None
+
+
+def _number(fields: dict[str, Any], name: str, default: float) -> float:
+    value = fields.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{name} is {value!r}; it must be a number")
+    return float(value)
 
 
 def _given(fields: dict[str, Any], name: str, default: int) -> Any:
@@ -176,7 +183,8 @@ def _given(fields: dict[str, Any], name: str, default: int) -> Any:
 def _refuse_what_is_no_llama(fields: dict[str, Any], source: str) -> None:
     kind = fields.get("model_type", "llama")
     architectures = fields.get("architectures") or ["LlamaForCausalLM"]
-    if kind != "llama" or "LlamaForCausalLM" not in architectures:
+    is_list = isinstance(architectures, list)
+    if kind != "llama" or not is_list or "LlamaForCausalLM" not in architectures:
         raise FormatError(
             f"{source}: model_type is {kind!r} and architectures {architectures};"
             " only 'llama' with LlamaForCausalLM is supported"
@@ -293,7 +301,8 @@ def _read_tensors(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         files = [single]
     elif index.is_file():
         weight_map = read_json(index).get("weight_map", {})
-        names = sorted({str(name) for name in weight_map.values()}) if weight_map else []
+        is_map = isinstance(weight_map, dict)
+        names = sorted({str(name) for name in weight_map.values()}) if is_map else []
         if not names or any(Path(name).name != name for name in names):
             raise FormatError(f"{index}: weight_map names no files of this folder")
         files = [folder / name for name in names]
