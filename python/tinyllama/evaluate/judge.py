@@ -91,6 +91,9 @@ _FORMS: tuple[dict[str, Any], ...] = (
 )
 
 
+_BEGIN = b'{"key": "'  # of every line of Answers
+
+
 @dataclass(frozen=True)
 class Question:
     """One completion to be graded once. ``judge``: the judging model; ``completion`` and
@@ -147,8 +150,11 @@ class Answers:
         self.path = Path(path)
         self._replies: dict[str, list[dict[str, Any]]] = {}
         data = self.path.read_bytes() if self.path.exists() else b""
-        self._torn_at = data.rfind(b"\n") + 1 if not data.endswith(b"\n") and data else None
-        for number, line in enumerate(data[: self._torn_at].splitlines(), 1):
+        *lines, torn = data.split(b"\n")
+        if not _BEGIN.startswith(torn[: len(_BEGIN)]):  # somebody's file, not to be cut
+            raise FormatError(f"{self.path}: line {len(lines) + 1}: not an answer of a judge")
+        self._torn_at = len(data) - len(torn) if torn else None
+        for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
                 self._replies.setdefault(record["key"], []).append(record)
@@ -170,11 +176,13 @@ class Answers:
     def add(self, question: Question, record: dict[str, Any]) -> None:
         """Keep one reply. It is on disk when this returns."""
         line = json.dumps({"key": question.key, **record}, ensure_ascii=False) + "\n"
+        # Half a surrogate pair, which a judge may reply, is no UTF-8; so JSON spells it.
+        data = line.encode(errors="backslashreplace")
         with open(self.path, "ab") as file:
             if self._torn_at is not None:
                 file.truncate(self._torn_at)
                 self._torn_at = None
-            file.write(line.encode())
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         self._replies.setdefault(question.key, []).append({"key": question.key, **record})
