@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ..evaluate.prompts import Prompts
     from ..generation import Completion
     from ..model import Model
+    from ..sampling import SamplingParams
 
 DESCRIPTION = """\
 Measure a model in one way or several at once.
@@ -44,6 +45,14 @@ examples:
 The judge's replies are kept in a file; the same command asks only what is missing there. Its key,
 if it needs one, is read from the environment: OPENAI_API_KEY.
 """
+
+
+# What has to be asked for as well where an option is given.
+NEEDS = {
+    "stories": ("prompts", "cut", "max_prompts", "train_text", "judge"),
+    "judge": ("judge_model", "price_in", "price_out"),
+    "tasks": ("task_folder", "num_fewshot", "limit"),
+}
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -168,13 +177,14 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Complain of what can be seen to be wrong before any work."""
     from ..data.documents import Documents
-    from ..evaluate.judge import Answers
 
     if not (args.text or args.stories or args.tasks):
         raise ArgumentError("nothing to measure: give --text, --stories or --tasks")
-    if args.judge and not args.stories:
-        raise ArgumentError("--judge grades stories: give --stories as well")
-    if bool(args.judge) != bool(args.judge_model):
+    for needed, names in NEEDS.items():
+        for name in names:
+            if getattr(args, name) is not None and not getattr(args, needed):
+                raise ArgumentError(f"--{name.replace('_', '-')} needs --{needed}")
+    if args.judge and not args.judge_model:
         raise ArgumentError("--judge and --judge-model belong together")
     if (args.price_in is None) != (args.price_out is None):
         raise ArgumentError("--price-in and --price-out belong together")
@@ -187,9 +197,33 @@ def _check(args: argparse.Namespace) -> None:
             Documents(inputs)
     if args.report:
         check_place(args.report)
+    if args.stories:
+        _check_stories(args)
+
+
+def _check_stories(args: argparse.Namespace) -> None:
+    from ..evaluate.judge import Answers, ask
+    from ..evaluate.overlap import overlaps
+    from ..evaluate.prompts import read_prompts
+    from ..evaluate.stories import measure
+
+    _sampling(args)
+    if args.prompts:
+        read_prompts(args.prompts)
+    measure([])  # of nothing: complains where a package is missing, as do the others
+    if args.train_text:
+        overlaps([], [])
     if args.judge:
         check_place(args.answers)
-        Answers(args.answers)
+        ask([], Answers(args.answers), args.judge, {})
+
+
+def _sampling(args: argparse.Namespace) -> SamplingParams:
+    from ..sampling import SamplingParams
+
+    return SamplingParams(
+        temperature=args.temperature, seed=args.seed, num_return_sequences=args.completions
+    )
 
 
 def _print(results: dict[str, Any]) -> None:
@@ -228,11 +262,8 @@ def _stories(model: Model, args: argparse.Namespace) -> dict[str, Any]:
     """What the model tells when it is given beginnings, and the measures of that."""
     from ..evaluate.cloze import cloze
     from ..evaluate.stories import measure, tell
-    from ..sampling import SamplingParams
 
-    params = SamplingParams(
-        temperature=args.temperature, seed=args.seed, num_return_sequences=args.completions
-    )
+    params = _sampling(args)
     prompts = _prompts(model, args)
     scores = cloze(model)
     bar = progress_bar(len(prompts.texts) * args.completions, "telling")
