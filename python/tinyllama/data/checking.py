@@ -14,10 +14,10 @@ from typing import BinaryIO
 import numpy as np
 
 from ..errors import ArgumentError
-from ..files import whole_file, whole_folder
+from ..files import PathLike, whole_file, whole_folder
 from ..formats.checkpoint import TokenType
 from ..formats.sentencepiece import open_processor, read_sentencepiece
-from .documents import SEPARATOR, Documents, PathLike
+from .documents import SEPARATOR, Documents
 from .encoding import choose_encoding
 from .mending import cut, mend_encoding
 from .near import NearDuplicates

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import FormatError
+from ..files import PathLike
 from ..formats import read_vocabulary
 from ..formats.sentencepiece import open_processor, read_sentencepiece, save_sentencepiece
-from .documents import Pair, PathLike
+from .documents import Pair
 
 
 @dataclass(frozen=True)

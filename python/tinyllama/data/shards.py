@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import ArgumentError, FormatError, TinyllamaError
-from ..files import whole_file
+from ..files import PathLike, whole_file
 from ..formats.sentencepiece import read_sentencepiece
-from .documents import SEPARATOR, Documents, Pair, PathLike
+from .documents import SEPARATOR, Documents, Pair
 from .encoding import Encoder, Encoding, choose_encoding
 
 UNIT_BYTES = 4 << 20

@@ -8,9 +8,8 @@ and wk are permuted on the way.
 from __future__ import annotations
 
 import json
-import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,10 @@ import numpy as np
 
 from ..config import Config, RopeScaling
 from ..errors import ArgumentError, ConfigError, FormatError, MissingExtraError
-from ..files import whole_folder
+from ..files import PathLike, whole_folder
 from .checkpoint import Checkpoint
 from .dtypes import decode_tensor, encode_tensor
-from .hf_tokenizer import load_tokenizer, padding_id, read_json, tokenizer_files
-
-PathLike = str | os.PathLike[str]
+from .hf_tokenizer import load_tokenizer, padding_id, read_json, to_json, tokenizer_files
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -125,14 +122,6 @@ def _to_halves(tensor: np.ndarray, config: Config) -> np.ndarray:
     half = config.head_dim // 2
     heads = tensor.reshape(-1, half, 2, tensor.shape[1])
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(tensor.shape)
-
-
-# --- JSON ---------------------------------------------------------------------------------------
-
-
-def to_json(fields: Mapping[str, Any]) -> bytes:
-    """As transformers lays its files out."""
-    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 # --- config.json --------------------------------------------------------------------------------

@@ -101,10 +101,7 @@ def tokenizer_files(vocabulary: Vocabulary, config: Config) -> dict[str, bytes]:
         "tokenizer_config.json": settings,
         "special_tokens_map.json": special,
     }
-    data = {
-        name: (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
-        for name, fields in files.items()
-    }
+    data = {name: to_json(fields) for name, fields in files.items()}
     return {"tokenizer.model": save_sentencepiece(vocabulary)} | data
 
 
@@ -117,6 +114,11 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FormatError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def to_json(fields: dict[str, Any]) -> bytes:
+    """As transformers lays its files out."""
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 @contextmanager
