@@ -4,7 +4,9 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -127,6 +129,16 @@ def test_a_named_file_of_an_unknown_ending_is_text(tmp_path, name):
     assert texts(f"{tmp_path}/*") == texts(tmp_path) == ["known"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes a pipe")
+def test_a_pipe_is_read_as_it_comes(tmp_path):
+    pytest.importorskip("ftfy")
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[as_text(STORIES)])
+    writer.start()
+    assert check(tmp_path / "pipe", progress=True).total.documents == len(STORIES)
+    writer.join()
+
+
 def test_the_field_may_be_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "no", "body": "yes"}\n\n{"text": "no", "body": "too"}\n')
@@ -137,6 +149,7 @@ def test_the_field_may_be_named(tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", b"fine\nbad \xff here\n", "a.txt: line 2: not UTF-8: byte 0xFF at offset 9"),
+        ("a.txt", "“a”".encode("utf-16"), "a.txt: UTF-16, expected UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl: line 2: not JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', "line 2: does not have any of story, text"),
         ("a.jsonl", b'{"text": 5}\n', "line 1: text is number, expected text"),
@@ -161,8 +174,10 @@ def test_bad_input_is_named(tmp_path, name, content, message):
         pytest.importorskip("pyarrow")
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(FormatError, match=message):
-        texts(path)
+    for replace in (None, lambda *_: None):  # a repair does not make text of it
+        if replace is None or "not UTF-8" not in message:
+            with pytest.raises(FormatError, match=message):
+                texts(path, replace_invalid=replace)
 
 
 def test_sources_are_named_and_follow_one_another(tmp_path, monkeypatch):

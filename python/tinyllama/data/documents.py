@@ -92,7 +92,8 @@ class Documents:
 
     @property
     def position(self) -> int:
-        return self._finished + (self._raw.tell() if self._raw else 0)
+        at = self._raw.tell() if self._raw and self._raw.seekable() else 0
+        return self._finished + at
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         for where, pair in self.pairs():
@@ -221,6 +222,8 @@ def _lines(
     for number, line in enumerate(stream, 1):
         start = offset
         offset += len(line)
+        if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise FormatError(f"{path}: UTF-16, expected UTF-8: save it as that")
         if number == 1 and line.startswith(codecs.BOM_UTF8):
             line = line[len(codecs.BOM_UTF8) :]
             start += len(codecs.BOM_UTF8)
