@@ -273,6 +273,16 @@ def test_forms_that_an_endpoint_does_not_know(tmp_path, refusal, n_refused):
     assert forms == [expected] * 2
 
 
+@pytest.mark.parametrize("fault", [(503, {}), None], ids=["503", "dropped"])
+def test_an_endpoint_that_comes_up_and_does_not_know_the_form(tmp_path, fault):
+    replies = [fault, (400, {"error": {"message": "unsupported"}})]
+    with endpoint(lambda n, _: replies[n] if n < 2 else MARKS) as (url, requests):
+        grades = run(questions(2, 1), judge.Answers(tmp_path / "a.jsonl"), url)
+    assert grades.n_graded == 2
+    expected = {"type": "json_object", "schema": judge.SCHEMA}
+    assert [r.get("response_format") for r in requests[2:]] == [expected] * 2
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [

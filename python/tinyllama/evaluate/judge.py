@@ -262,20 +262,23 @@ def _request(
             "completion_tokens": usage.completion_tokens if usage else 0,
         }
 
-    while len(forms) > 1:
+    retries = 0 if len(forms) > 1 else RETRIES
+    while True:
         try:
-            reply = send(retries=0)
-        except openai.APIStatusError as error:
+            reply = send(retries)
+        except openai.APIError as error:
             # llama-cpp-python says 500 of a form that it does not know.
-            if error.status_code not in (400, 422) and "response_format" not in str(error):
-                break
-            del forms[0]
-        except openai.APIConnectionError:
-            break
+            status = getattr(error, "status_code", None)
+            refused = status in (400, 422) or "response_format" in str(error)
+            if refused and len(forms) > 1:
+                del forms[0]
+            elif retries == RETRIES:
+                raise
+            else:
+                retries = RETRIES
         else:
             del forms[1:]
             return reply
-    return send(RETRIES)
 
 
 def _read(reply: str) -> tuple[dict[str, Any] | None, str | None]:
