@@ -139,7 +139,9 @@ def test_json_stays_json_in_any_encoding(tmp_path):
         assert ("🐱".encode() in done.stdout) == (encoding == "utf-8")
 
 
-@pytest.mark.parametrize("kind", ["shipped", ".gguf", "folder", "tokenizer.bin", "model.bin"])
+@pytest.mark.parametrize(
+    "kind", ["shipped", "bundled", ".gguf", "folder", "tokenizer.bin", "model.bin"]
+)
 def test_show_takes_whatever_carries_a_vocabulary(tmp_path, capsys, kind):
     checkpoint = tiny_checkpoint(hidden_dim=64)
     write_gguf(checkpoint, tmp_path / "x.gguf")
@@ -147,10 +149,12 @@ def test_show_takes_whatever_carries_a_vocabulary(tmp_path, capsys, kind):
     if kind == "folder":
         pytest.importorskip("safetensors")
         save_hf(checkpoint, tmp_path / "folder")
-    path = [] if kind == "shipped" else [str(tmp_path / {".gguf": "x.gguf"}.get(kind, kind))]
+    path = {"shipped": [], "bundled": ["bundled"], ".gguf": [str(tmp_path / "x.gguf")]}.get(
+        kind, [str(tmp_path / kind)]
+    )
     assert cli.main(["tokenizer", "show", *path, "the é\n"]) == 0
     shown = capsys.readouterr().out.splitlines()[0].split()
-    if kind == "shipped":
+    if kind in ("shipped", "bundled"):
         assert shown[0].startswith("▁the:") and shown[-1].startswith("<0x0A>:")
     else:
         pieces = checkpoint.vocabulary.pieces

@@ -4,7 +4,9 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
@@ -96,15 +98,23 @@ def test_text_without_separator_is_one_document_and_the_separator_can_be_named(t
     ]
 
 
-def test_folders_and_globs_are_sorted_and_each_file_is_read_once(tmp_path):
+def test_folders_and_globs_are_sorted_and_each_file_is_read_once(tmp_path, monkeypatch):
     (tmp_path / "deep").mkdir()
     for name in ("b.txt", "a.txt", "deep/c.jsonl"):
         path = tmp_path / name
         path.write_bytes((as_jsonl if name.endswith("jsonl") else as_text)([name]))
     (tmp_path / "notes.md").write_text("not read")
     (tmp_path / ".hidden.txt").write_text("not read")
+    (tmp_path / "deep/.checkpoints").mkdir()
+    (tmp_path / "deep/.checkpoints/c.jsonl").write_bytes(as_jsonl(["not read"]))
     assert texts(tmp_path) == ["a.txt", "b.txt", "deep/c.jsonl"]
     assert texts(tmp_path / "b.txt", f"{tmp_path}/*.txt") == ["b.txt", "a.txt"]
+    hidden = tmp_path / "deep/.checkpoints"
+    assert texts(hidden) == ["not read"]
+    monkeypatch.chdir(tmp_path / "deep")
+    assert texts("../a.txt", tmp_path / "a.txt", "../deep/../*.txt") == ["a.txt", "b.txt"]
+    with pytest.raises(ArgumentError, match=r"a\.txt is in two sources, one and two"):
+        Documents(["one=../a.txt", f"two={tmp_path}/a.txt"])
 
 
 @pytest.mark.parametrize("name", ["README", "stories.md", "a.b.log", "stories.gz"])
@@ -119,6 +129,16 @@ def test_a_named_file_of_an_unknown_ending_is_text(tmp_path, name):
     assert texts(f"{tmp_path}/*") == texts(tmp_path) == ["known"]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="makes a pipe")
+def test_a_pipe_is_read_as_it_comes(tmp_path):
+    pytest.importorskip("ftfy")
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=(tmp_path / "pipe").write_bytes, args=[as_text(STORIES)])
+    writer.start()
+    assert check(tmp_path / "pipe", progress=True).total.documents == len(STORIES)
+    writer.join()
+
+
 def test_the_field_may_be_named(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "no", "body": "yes"}\n\n{"text": "no", "body": "too"}\n')
@@ -129,6 +149,7 @@ def test_the_field_may_be_named(tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", b"fine\nbad \xff here\n", "a.txt: line 2: not UTF-8: byte 0xFF at offset 9"),
+        ("a.txt", "“a”".encode("utf-16"), "a.txt: UTF-16, expected UTF-8"),
         ("a.jsonl", b'{"text": "x"}\n{"text": \n', "a.jsonl: line 2: not JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"txt": "y"}\n', "line 2: does not have any of story, text"),
         ("a.jsonl", b'{"text": 5}\n', "line 1: text is number, expected text"),
@@ -153,8 +174,10 @@ def test_bad_input_is_named(tmp_path, name, content, message):
         pytest.importorskip("pyarrow")
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(FormatError, match=message):
-        texts(path)
+    for replace in (None, lambda *_: None):  # a repair does not make text of it
+        if replace is None or "not UTF-8" not in message:
+            with pytest.raises(FormatError, match=message):
+                texts(path, replace_invalid=replace)
 
 
 def test_sources_are_named_and_follow_one_another(tmp_path, monkeypatch):
@@ -252,6 +275,18 @@ def test_check_finds_everything_and_repair_mends_it(tmp_path):
         key: finding.count for key, finding in check(mended, max_bytes=100).total.findings.items()
     }
     assert again == dict.fromkeys(counts, 0) | {"lost": 1, "duplicates": again["duplicates"]}
+
+
+def test_what_is_counted_is_the_mended_text(tmp_path):
+    pytest.importorskip("ftfy")
+    quotes, space = "“a” " * 15, damage("\u2003")  # an em space and nothing else
+    path, mended = tmp_path / "a.txt", tmp_path / "mended.txt"
+    path.write_bytes(as_text([damage(quotes), "Sound.", space]))
+    assert len(damage(quotes).encode()) > 130 > len(quotes.encode())
+    report = check(path, repair=mended, max_bytes=130).total
+    counts = {key: finding.count for key, finding in report.findings.items() if finding.count}
+    assert counts == {"damaged": 2, "empty": 1}
+    assert texts(mended) == [quotes.strip(), "Sound."] and report.kept.documents == 2
 
 
 def test_repair_refuses_before_it_writes(tmp_path):

@@ -68,6 +68,13 @@ def test_folders_that_were_saved_to_disk(tmp_path):
     datasets.DatasetDict({"train": one, "test": one.select([1])}).save_to_disk(tmp_path / "two")
     assert texts(f"hf:{tmp_path / 'one'}") == STORIES[:3]
     assert texts(f"hf:{tmp_path / 'two'},split=test") == STORIES[1:2]
+    for setting, message in (
+        ("split=validation", "holds a single split, without a name"),
+        ("config=all", "a folder that was saved has no config"),
+        ("revision=1", "a folder that was saved has no revision"),
+    ):
+        with pytest.raises(ArgumentError, match=f"{setting}: {message}"):
+            Documents(f"hf:{tmp_path / 'one'},{setting}")
 
 
 def test_all_that_reads_text_reads_data_sets(folder, tmp_path):

@@ -13,10 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from random_models import tiny_checkpoint
 from tinyllama import tokenizer
 from tinyllama.data import prepare, shards
 from tinyllama.errors import ArgumentError, FormatError
 from tinyllama.formats.checkpoint import TokenType, Vocabulary
+from tinyllama.formats.hf import save_hf
 
 sentencepiece = pytest.importorskip("sentencepiece")
 
@@ -141,10 +143,29 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, model, kill
 def test_other_settings_do_not_take_over_finished_units(tmp_path, model):
     write_stories(tmp_path / "a.txt")
     first = prepare(tmp_path / "a.txt", model, tmp_path / "out", valid_fraction=0.1, seed=1)
+    notes = {name: b"one's own" for name in ("notes-2024.txt", "train-1.md", "tok-3000.model")}
+    for name, content in notes.items():
+        (tmp_path / "out" / name).write_bytes(content)
     second = prepare(tmp_path / "a.txt", model, tmp_path / "out", valid_fraction=0.1, seed=2)
     assert first["splits"] != second["splits"]
     prepare(tmp_path / "a.txt", model, tmp_path / "fresh", valid_fraction=0.1, seed=2)
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh") | notes
+
+
+def test_the_tokenizer_of_a_model_is_taken_with_what_was_added_to_it(tmp_path):
+    pytest.importorskip("safetensors")
+    save_hf(tiny_checkpoint(), tmp_path / "model")
+    for name, field, value in (
+        ("tokenizer", "added_tokens", [{"id": 300, "content": "<end>", "special": True}]),
+        ("config", "eos_token_id", 300),
+    ):
+        path = tmp_path / f"model/{name}.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    write_stories(tmp_path / "a.txt")
+    manifest = prepare(tmp_path / "a.txt", tmp_path / "model", tmp_path / "out", valid_fraction=0.1)
+    assert manifest["eos_id"] == 300 and manifest["tokenizer"]["vocab_size"] == 301
+    again = prepare(tmp_path / "a.txt", tmp_path / "out", tmp_path / "more", valid_fraction=0.1)
+    assert again == manifest
 
 
 def test_the_split_follows_the_document_not_its_place(tmp_path, model):
@@ -257,6 +278,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path, model):
         (good, {"valid": empty}, ArgumentError, "validation inputs hold no document"),
         (good, {"valid_fraction": 1.0}, ArgumentError, "valid_fraction is 1.0"),
         (good, {"n_workers": 0}, ArgumentError, "n_workers is 0"),
+        (good, {"seed": 2**63}, ArgumentError, "seed is 9223372036854775808"),
         (tmp_path / "none.txt", {}, FileNotFoundError, "none.txt"),
     ):
         with pytest.raises(error, match=message):

@@ -14,7 +14,7 @@ from tinyllama.cli import main
 from tinyllama.data import Documents, prepare
 from tinyllama.errors import ArgumentError
 from tinyllama.evaluate.perplexity import of_documents, of_text
-from tinyllama.formats.gguf import write_gguf
+from tinyllama.formats.gguf import gguf_bytes, write_gguf
 from tinyllama.reference import forward
 
 TEXT = "the rain in spain, and the train"
@@ -89,21 +89,27 @@ def test_lengths_around_the_context(model, n_tokens):
 
 
 def test_a_context_of_one_token():
-    model = tinyllama.load(_bytes(), max_seq_len=1)
+    model = tinyllama.load(gguf_bytes(tiny_checkpoint()), max_seq_len=1)
     score = model.perplexity(TEXT)
     assert score.n_tokens == len(model.tokenizer.encode(TEXT)) - 1
     assert math.isfinite(score.nats_per_token)
 
 
-def _bytes():
-    from tinyllama.formats.gguf import gguf_bytes
-
-    return gguf_bytes(tiny_checkpoint())
-
-
 def test_a_text_that_is_certain_costs_little():
     model = forced_model(b"ABCDEFG")
     assert model.perplexity("ABC").nats_per_token < model.perplexity("CBA").nats_per_token
+
+
+def test_a_token_may_be_next_to_impossible():
+    checkpoint = tiny_checkpoint(tie_embeddings=False)
+    checkpoint.tensors["lm_head"] *= 3e4  # logits lie thousands apart: e to that is 0
+    model = tinyllama.load(gguf_bytes(checkpoint))
+    tokens = model.tokenizer.encode("ab")
+    rows = model.logits(tokens).astype(np.float64)
+    expected = -sum(log_softmax(row)[token] for row, token in zip(rows, tokens[1:], strict=False))
+    score = model.perplexity("ab")
+    assert score.nats_per_token == pytest.approx(expected / (len(tokens) - 1), rel=1e-5)
+    assert score.nats_per_token > 745
 
 
 def test_no_text_is_refused(model):

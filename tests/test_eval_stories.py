@@ -2,12 +2,14 @@
 
 import json
 import re
+import sys
 
 import pytest
 
 from random_models import tiny_checkpoint
 from test_judge import MARKS, asked, endpoint
 from tinyllama.cli import main
+from tinyllama.evaluate import perplexity, stories
 from tinyllama.evaluate.judge import INSTRUCTION
 from tinyllama.formats.gguf import write_gguf
 
@@ -88,26 +90,38 @@ def test_documents_instead_of_prompts(command, tmp_path, capsys):
     [
         ([], "nothing to measure"),
         (JUDGE, "nothing to measure"),
-        (["--text", "train.txt", "--judge", "u"], "--judge grades stories"),
+        (["--text", "train.txt", "--judge", "u"], "--judge needs --stories"),
+        (["--text", "train.txt", "--cut", "train.txt"], "--cut needs --stories"),
+        (["--text", "train.txt", "--max-prompts", "2"], "--max-prompts needs --stories"),
+        (["--text", "train.txt", "--limit", "2"], "--limit needs --tasks"),
+        (["--stories", "--price-in", "1", "--price-out", "1"], "--price-in needs --judge"),
         (["--stories", "--judge", "u"], "belong together"),
-        (["--stories", "--judge-model", "m"], "belong together"),
-        (["--stories", "--price-in", "1"], "belong together"),
+        (["--stories", "--judge-model", "m"], "--judge-model needs --judge"),
+        (["--stories", *JUDGE, "--price-in", "1"], "belong together"),
         (["--stories", "--completions", "0"], "--completions is 0"),
-        (["--stories", "--temperature", "-1"], "temperature is -1"),
         (["--stories", "--report", "no/where.html"], "no/where.html: the folder"),
         (["--stories", *JUDGE, "--answers", "no/a"], "no/a: the"),
-        (["--stories", "--prompts", "no.txt"], "no.txt: No such file"),
+        (["--stories", "--prompts", "no.txt", "--text", "train.txt"], "No such file"),
+        (["--stories", "--temperature", "-1", "--text", "train.txt"], "temperature is -1"),
         (["--stories", "--prompts", "bad.json", "--train-text", "no.txt"], "no.txt: no such file"),
-        (
-            ["--stories", *JUDGE, "--prompts", "bad.json", "--answers", "bad.json"],
-            "bad.json: line 1: not an answer",
-        ),
+        (["--stories", *JUDGE, "--answers", "bad.json"], "bad.json: line 1: not an answer"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_what_is_wrong_is_named(model_file, command, options, message, capsys):
+def test_what_is_wrong_is_named(model_file, command, options, message, capsys, monkeypatch):
+    monkeypatch.setattr(stories, "tell", None)
+    monkeypatch.setattr(perplexity, "of_documents", None)
     assert main(["eval", model_file, *options]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert message in captured.err
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("package", ["sacrebleu", "rapidfuzz", "openai"])
+def test_a_missing_package_is_named_before_stories_are_told(command, package, capsys, monkeypatch):
+    for name in [name for name in sys.modules if name.partition(".")[0] == package] or [package]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setattr(stories, "tell", None)
+    assert main([*command, "--train-text", "train.txt", *JUDGE]) == 2
+    assert f"this needs the package '{package}'" in capsys.readouterr().err

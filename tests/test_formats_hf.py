@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -266,7 +267,11 @@ def test_added_tokens_extend_the_vocabulary(tmp_path: Path) -> None:
         ({"num_hidden_layers": 2**31 - 1}, "num_hidden_layers is 2147483647"),
         ({"num_hidden_layers": 3}, "layers.2.input_layernorm.weight is missing"),
         ({"num_hidden_layers": 1}, "unknown tensor model.layers.1"),
+        ({"architectures": 5}, "architectures 5"),
         ({"rms_norm_eps": -1.0}, "norm_eps is -1.0"),
+        ({"rms_norm_eps": []}, r"rms_norm_eps is \[\]"),
+        ({"rms_norm_eps": 10**400}, "too large"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta is 'x'"),
         ({"eos_token_id": 300}, "eos_id is 300, outside the 300 tokens"),
     ],
 )
@@ -333,6 +338,9 @@ def test_tensor_in_two_shards(folder: Path) -> None:
     with pytest.raises(FormatError, match="is in another file too"):
         load_hf(folder)
     index.write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
+    with pytest.raises(FormatError, match="names no files of this folder"):
+        load_hf(folder)
+    index.write_text(json.dumps({"weight_map": ["a.safetensors"]}))
     with pytest.raises(FormatError, match="names no files of this folder"):
         load_hf(folder)
     index.write_text(json.dumps({"weight_map": {"lost.weight": "a.safetensors"}}))
@@ -437,6 +445,30 @@ def test_tokenizer_json_of_another_kind(
 ) -> None:
     change_pipeline(folder, change)
     with pytest.raises(FormatError, match=rf"tokenizer\.json.*{message}"):
+        load_hf(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("tokenizer.json", {"model": 5}),
+        ("tokenizer.json", {"model": {"vocab": [], "merges": []}}),
+        ("tokenizer.json", {"model": {"vocab": {"a": {}}, "merges": []}}),
+        ("tokenizer.json", {"model": {"vocab": {"a": 0}, "merges": [3]}}),
+        ("tokenizer.json", {"normalizer": "x"}),
+        ("tokenizer.json", {"post_processor": {"single": {}}}),
+        ("tokenizer.json", {"added_tokens": [{"id": 0}]}),
+        ("tokenizer.json", {"added_tokens": [{"id": float("nan"), "content": "a"}]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": []}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"x": {}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"0": 1}}),
+    ],
+    ids=str,
+)
+def test_tokenizer_files_of_another_layout(folder: Path, name: str, fields: dict[str, Any]) -> None:
+    (folder / "tokenizer.model").unlink()
+    edit(folder / name, **fields)
+    with pytest.raises(FormatError, match=re.escape(str(folder / name))):
         load_hf(folder)
 
 

@@ -273,6 +273,16 @@ def test_forms_that_an_endpoint_does_not_know(tmp_path, refusal, n_refused):
     assert forms == [expected] * 2
 
 
+@pytest.mark.parametrize("fault", [(503, {}), None], ids=["503", "dropped"])
+def test_an_endpoint_that_comes_up_and_does_not_know_the_form(tmp_path, fault):
+    replies = [fault, (400, {"error": {"message": "unsupported"}})]
+    with endpoint(lambda n, _: replies[n] if n < 2 else MARKS) as (url, requests):
+        grades = run(questions(2, 1), judge.Answers(tmp_path / "a.jsonl"), url)
+    assert grades.n_graded == 2
+    expected = {"type": "json_object", "schema": judge.SCHEMA}
+    assert [r.get("response_format") for r in requests[2:]] == [expected] * 2
+
+
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
@@ -343,8 +353,20 @@ def test_an_answer_that_was_cut_short_counts_as_not_given(tmp_path):
             ] * 6
 
 
-@pytest.mark.parametrize("line", ["{", "[]", "3", '{"key": "a"}', "\x00"])
+def test_half_a_character_in_a_reply_is_kept(tmp_path):
+    half = {**MARKS, "assessment": "good \ud83d"}
+    for reply in (half, "no \ud83d"):
+        with endpoint(lambda *_, reply=reply: reply) as (url, _):
+            path = tmp_path / f"{type(reply)}.jsonl"
+            grades = run(questions(1, 1), judge.Answers(path), url)
+        assert grades == run(questions(1, 1), judge.Answers(path), url)
+        assert grades.n_graded == (reply is half)
+
+
+@pytest.mark.parametrize(
+    "line", ["{\n", "[]\n", "3\n", '{"key": "a"}\n', "\x00\n", "a note", '{"text": "a"}']
+)
 def test_a_file_of_something_else_is_refused(tmp_path, line):
-    (tmp_path / "a.jsonl").write_text(f"{line}\n")
+    (tmp_path / "a.jsonl").write_text(line)
     with pytest.raises(FormatError, match=r"a\.jsonl: line 1: not an answer of a judge"):
         judge.Answers(tmp_path / "a.jsonl")

@@ -21,7 +21,14 @@ for package in ("uvicorn", "fastapi", "sse_starlette", "starlette_context", "pyd
     pytest.importorskip(package, reason="needs llama-cpp-python[server]")
 jsonschema = pytest.importorskip("jsonschema", reason="a judge needs the extra eval")
 
-N_QUESTIONS = 10
+N_QUESTIONS = 6
+CLIENT = """
+import sys
+from tinyllama.cli import main
+from tinyllama.evaluate import judge
+judge.RETRIES = 1  # of a server that was killed: the pauses grow
+sys.exit(main(sys.argv[1:]))
+"""
 MODEL = str(bundled_model())
 
 
@@ -54,8 +61,8 @@ def server(port: int, log: Path):
 
 
 def client(port: int, folder: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "tinyllama", "eval", MODEL, "--stories", "--json"]
-    command += ["--max-prompts", "5", "--completions", "2", "--judge-temperature", "1"]
+    command = [sys.executable, "-c", CLIENT, "eval", MODEL, "--stories", "--json"]
+    command += ["--max-prompts", "3", "--completions", "2", "--judge-temperature", "1"]
     command += ["--judge", f"http://127.0.0.1:{port}/v1", "--judge-model", "tiny"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     pipe = subprocess.PIPE
@@ -79,12 +86,12 @@ def test_client_and_server_killed_in_the_middle(tmp_path):
     port, log = free_port(), tmp_path / "server.log"
     with server(port, log) as serving:
         first = client(port, tmp_path)
-        wait_for(3, tmp_path, first)
+        wait_for(1, tmp_path, first)
         first.send_signal(signal.SIGKILL)
         first.communicate()
         n_first = len(records(tmp_path))
         second = client(port, tmp_path)
-        wait_for(n_first + 3, tmp_path, second)
+        wait_for(n_first + 1, tmp_path, second)
         serving.send_signal(signal.SIGKILL)
         _, error = second.communicate(timeout=120)
     assert second.returncode == 2

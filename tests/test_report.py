@@ -1,5 +1,6 @@
 """Reports: one file, escaped, the same each time, and nothing in it that is loaded from outside."""
 
+import os
 import re
 from html.parser import HTMLParser
 
@@ -45,6 +46,12 @@ def test_a_page_is_whole_escaped_and_loads_nothing(tmp_path):
     assert "1,234,567" in reader.text and "a story\nof two lines" in reader.text
     assert all(address.startswith("#") for address in reader.addresses)
     assert not re.search(r"url\((?!#)|@import", page)
+
+
+def test_a_name_that_is_no_utf8_does_not_lose_the_page(tmp_path):
+    page = Page(os.fsdecode(b"model-\xff.gguf"))
+    page.write(tmp_path / "page.html")
+    assert "<h1>model-&#56575;.gguf</h1>" in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_the_same_page_is_the_same_bytes_and_no_two_drawings_share_a_name(tmp_path):

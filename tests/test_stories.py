@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -131,6 +132,20 @@ def test_intervals_are_over_prompts():
     assert intervals.of_prompts([[v] * 10 for v in values]) == estimate
     assert intervals.of_prompts([[1.0, 2.0], []]) == intervals.Estimate(1.5, None, None)
     assert intervals.of_prompts([[], []]) is None
+
+
+def test_the_memory_of_an_interval_does_not_grow_with_its_prompts(monkeypatch):
+    monkeypatch.setattr(intervals, "N_RESAMPLES", 300)
+    groups = [[float(i % 7)] for i in range(20_000)]
+    tracemalloc.start()
+    estimate = intervals.of_prompts(groups)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 40e6  # all draws and their values at once would be 96 MB, of 10,000 3.2 GB
+    means = np.array([group[0] for group in groups])
+    draws = np.random.default_rng(0).integers(len(means), size=(300, len(means)))
+    low, high = np.quantile(means[draws].mean(axis=1), [0.025, 0.975])
+    assert (estimate.low, estimate.high) == (low, high)
 
 
 # --- overlap --------------------------------------------------------------------------------------
@@ -276,6 +291,14 @@ def test_documents_are_cut_in_their_middle():
     assert cut == prompts.cut_documents(model, documents, seed=5)
     with pytest.raises(ArgumentError, match="no document has at least 20 words"):
         prompts.cut_documents(model, documents[40:], seed=5)
+
+
+def test_chinese_documents_are_cut_between_characters():
+    text = "从前有一只小猫，它住在村子里，每天都很高兴。"
+    cut = prompts.cut_documents(tiny_model(max_seq_len=400), [("a", text)] * 20, seed=1)
+    lengths = {len(beginning) for beginning in cut.texts}
+    assert all(text.startswith(beginning) for beginning in cut.texts)
+    assert min(lengths) >= 8 and max(lengths) <= 15 and len(lengths) > 2
 
 
 def test_a_prompt_that_fills_the_context_is_named():

@@ -36,13 +36,14 @@ def whole_file(path: PathLike) -> Iterator[BinaryIO]:
     """A file to write bytes into, which takes the name ``path`` only once it is complete.
 
     The bytes go to a hidden file in the same folder. When the block ends normally they are
-    forced to disk and the file is renamed over ``path``; when it raises (a full disk, Ctrl-C)
-    the hidden file is removed, and what stood at ``path`` stays as it was.
+    forced to disk and the file is renamed over ``path``, or over what a link of that name leads
+    to; when it raises (a full disk, Ctrl-C) the hidden file is removed, and what stood at ``path``
+    stays as it was.
 
     Raises OSError as :func:`check_place` does, and when writing fails.
     """
     check_place(path)
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(temporary, "wb") as file:
@@ -60,13 +61,13 @@ def whole_file(path: PathLike) -> Iterator[BinaryIO]:
 def whole_folder(path: PathLike) -> Iterator[Path]:
     """An empty folder to fill, which takes the name ``path`` once all its files are complete.
 
-    ``path`` has to be new, or an empty folder: what lies in a folder belongs together, and is
-    neither mixed nor thrown away. When the block raises, nothing is left.
+    ``path`` has to be new, or an empty folder or a link to one: what lies in a folder belongs
+    together, and is neither mixed nor thrown away. When the block raises, nothing is left.
 
     Raises OSError as :func:`check_place` does, and when writing fails.
     """
     check_place(path, folder=True)
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     shutil.rmtree(temporary, ignore_errors=True)  # a killed process with our number left it
     temporary.mkdir()

@@ -68,7 +68,7 @@ class Page:
             file.write(
                 f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
                 f"<title>{html.escape(self.title)}</title><style>{STYLE}</style></head>\n"
-                f"<body>\n{body}\n</body></html>\n".encode()
+                f"<body>\n{body}\n</body></html>\n".encode(errors="xmlcharrefreplace")
             )
 
 

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
-from collections.abc import Iterator
-from dataclasses import asdict
 from datetime import datetime, timezone
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import ArgumentError
 from ..files import check_place
-from .loading import MODELS, add_model_options, open_model, progress_bar
-
-if TYPE_CHECKING:
-    from ..data.documents import Documents
-    from ..evaluate.prompts import Prompts
-    from ..generation import Completion
-    from ..model import Model
-    from ..train.batches import Texts
+from .loading import MODELS, add_model_options, open_model
+from .measures import measure_text, run_tasks, story_sampling, tell_stories, text_documents
 
 DESCRIPTION = """\
 Measure a model in one way or several at once.
@@ -46,6 +36,14 @@ examples:
 The judge's replies are kept in a file; the same command asks only what is missing there. Its key,
 if it needs one, is read from the environment: OPENAI_API_KEY.
 """
+
+
+# What has to be asked for as well where an option is given.
+NEEDS = {
+    "stories": ("prompts", "cut", "max_prompts", "train_text", "judge"),
+    "judge": ("judge_model", "price_in", "price_out"),
+    "tasks": ("task_folder", "num_fewshot", "limit"),
+}
 
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -152,11 +150,11 @@ def run(args: argparse.Namespace) -> None:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if args.text:
-        results["text"] = _text(model, args)
+        results["text"] = measure_text(model, args)
     if args.stories:
-        results["stories"] = _stories(model, args)
+        results["stories"] = tell_stories(model, args)
     if args.tasks:
-        results["tasks"] = _tasks(model, args)
+        results["tasks"] = run_tasks(model, args)
     if args.report:
         from ..evaluate.page import write_page
 
@@ -170,13 +168,14 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Complain of what can be seen to be wrong before any work."""
     from ..data.documents import Documents
-    from ..evaluate.judge import Answers
 
     if not (args.text or args.stories or args.tasks):
         raise ArgumentError("nothing to measure: give --text, --stories or --tasks")
-    if args.judge and not args.stories:
-        raise ArgumentError("--judge grades stories: give --stories as well")
-    if bool(args.judge) != bool(args.judge_model):
+    for needed, names in NEEDS.items():
+        for name in names:
+            if getattr(args, name) is not None and not getattr(args, needed):
+                raise ArgumentError(f"--{name.replace('_', '-')} needs --{needed}")
+    if args.judge and not args.judge_model:
         raise ArgumentError("--judge and --judge-model belong together")
     if (args.price_in is None) != (args.price_out is None):
         raise ArgumentError("--price-in and --price-out belong together")
@@ -185,15 +184,31 @@ def _check(args: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ArgumentError(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
     if args.text:
-        _documents(args)
+        text_documents(args)
     for inputs in (args.cut, args.train_text):
         if inputs:
             Documents(inputs)
     if args.report:
         check_place(args.report)
+    if args.stories:
+        _check_stories(args)
+
+
+def _check_stories(args: argparse.Namespace) -> None:
+    from ..evaluate.judge import Answers, ask
+    from ..evaluate.overlap import overlaps
+    from ..evaluate.prompts import read_prompts
+    from ..evaluate.stories import measure
+
+    story_sampling(args)
+    if args.prompts:
+        read_prompts(args.prompts)
+    measure([])  # of nothing: complains where a package is missing, as do the others
+    if args.train_text:
+        overlaps([], [])
     if args.judge:
         check_place(args.answers)
-        Answers(args.answers)
+        ask([], Answers(args.answers), args.judge, {})
 
 
 def _print(results: dict[str, Any]) -> None:
@@ -203,183 +218,3 @@ def _print(results: dict[str, Any]) -> None:
         print("\n" * (number > 0) + str(table))
         if table.caption:
             print(f"  {table.caption}")
-
-
-def _text(model: Model, args: argparse.Namespace) -> dict[str, Any]:
-    """Bits per byte of ``--text``."""
-    from ..evaluate.perplexity import of_documents
-
-    documents = _documents(args)
-    seen = {"documents": 0, "bytes": 0}
-    texts = (text for _, text in _watched(documents, seen, "scoring"))
-    start = time.perf_counter()
-    try:
-        score = of_documents(model, texts)
-    except ArgumentError as error:
-        raise ArgumentError(f"{args.text}: {error}") from None
-    return {
-        "file": args.text,
-        "nats_per_token": score.nats_per_token,
-        "bits_per_byte": score.bits_per_byte,
-        "tokens": score.n_tokens,
-        **seen,
-        "tok_per_s": score.n_tokens / (time.perf_counter() - start),
-    }
-
-
-def _documents(args: argparse.Namespace) -> Documents | Texts:
-    """The documents of ``--text``."""
-    from ..data.documents import Documents
-    from ..formats.sentencepiece import open_processor
-    from ..train.batches import Texts, TokenFolder
-
-    if not (Path(args.text) / "manifest.json").exists():
-        return Documents(args.text, field=args.field)
-    folder = TokenFolder(args.text)
-    return Texts(folder.split("valid"), open_processor(folder.tokenizer.read_bytes()))
-
-
-def _stories(model: Model, args: argparse.Namespace) -> dict[str, Any]:
-    """What the model tells when it is given beginnings, and the measures of that."""
-    from ..evaluate.cloze import cloze
-    from ..evaluate.stories import measure, tell
-    from ..sampling import SamplingParams
-
-    params = SamplingParams(
-        temperature=args.temperature, seed=args.seed, num_return_sequences=args.completions
-    )
-    prompts = _prompts(model, args)
-    scores = cloze(model)
-    bar = progress_bar(len(prompts.texts) * args.completions, "telling")
-    groups = tell(model, prompts.texts, params, lambda *_: bar is not None and bar.update())
-    if bar is not None:
-        bar.close()
-    return {
-        "settings": {
-            "completions": args.completions,
-            "temperature": args.temperature,
-            "top_p": params.top_p,
-            "seed": args.seed,
-        },
-        "rule": prompts.rule,
-        "measures": asdict(measure(groups)),
-        "cloze": {kind: asdict(score) for kind, score in scores.items()},
-        "overlap": _overlap(groups, args) if args.train_text else None,
-        "judge": _judge(prompts, groups, args) if args.judge else None,
-        "prompts": list(prompts.texts),
-        "completions": [
-            [{"text": s.text, "finish_reason": s.finish_reason, "seed": s.seed} for s in group]
-            for group in groups
-        ],
-    }
-
-
-def _prompts(model: Model, args: argparse.Namespace) -> Prompts:
-    from ..data.documents import Documents
-    from ..evaluate.prompts import cut_documents, read_prompts, shipped
-
-    if args.cut:
-        prompts = cut_documents(model, Documents(args.cut, field=args.field), args.seed)
-    else:
-        prompts = read_prompts(args.prompts) if args.prompts else shipped()
-    if args.max_prompts:
-        prompts = prompts.some(args.max_prompts, args.seed)
-    prompts.check(model)
-    return prompts
-
-
-def _overlap(groups: list[list[Completion]], args: argparse.Namespace) -> dict[str, Any]:
-    """What the stories have in common with ``--train-text``."""
-    from ..data.documents import Documents
-    from ..evaluate.intervals import of_prompts
-    from ..evaluate.overlap import overlaps
-    from ..evaluate.page import N_COPIES
-
-    seen = {"documents": 0, "bytes": 0}
-    documents = _watched(Documents(args.train_text, field=args.field), seen, "comparing")
-    found = overlaps([story.text for group in groups for story in group], documents)
-    of_stories = [found[i : i + args.completions] for i in range(0, len(found), args.completions)]
-    means = {
-        name: of_prompts([[float(getattr(one, name)) for one in group] for group in of_stories])
-        for name in ("copied", "rouge_2", "rouge_l")
-    }
-    longest = sorted(found, key=lambda one: -one.copied)[:N_COPIES]
-    return {
-        "files": args.train_text,
-        **seen,
-        **{name: estimate and asdict(estimate) for name, estimate in means.items()},
-        "longest": [asdict(one) for one in longest],
-    }
-
-
-def _judge(
-    prompts: Prompts, groups: list[list[Completion]], args: argparse.Namespace
-) -> dict[str, Any]:
-    """What the model behind ``--judge`` makes of the stories."""
-    from ..evaluate.judge import INSTRUCTION, Answers, ask, grades, questions_of
-
-    asked = questions_of(
-        prompts.texts, groups, args.judge_model, args.judge_temperature, args.seed, args.repeat
-    )
-    questions = [question for group in asked for question in group]
-    answers = Answers(args.answers)
-    n_kept = sum(map(answers.settled, questions))
-    facts = {"model": args.model, "rule": prompts.rule, "temperature_of_stories": args.temperature}
-    bar = progress_bar(len(questions), "judging")
-    try:
-        ask(questions, answers, args.judge, facts, lambda: bar is not None and bar.update())
-    finally:
-        if bar is not None:
-            bar.close()
-    verdict = grades(asked, answers)
-    priced = args.price_in is not None
-    return {
-        "model": args.judge_model,
-        "temperature": args.judge_temperature,
-        "seed": args.seed,
-        "repeat": args.repeat,
-        "rule": prompts.rule,
-        "instruction": INSTRUCTION,
-        "answers": args.answers,
-        "n_asked_now": len(questions) - n_kept,
-        **asdict(verdict),
-        "estimated_cost": verdict.cost(args.price_in, args.price_out) if priced else None,
-    }
-
-
-def _tasks(model: Model, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The figures of ``--tasks``: by task and metric, each with its standard error."""
-    from ..evaluate.harness import evaluate
-
-    results = evaluate(
-        model,
-        args.tasks.split(","),
-        folder=args.task_folder,
-        num_fewshot=args.num_fewshot,
-        limit=args.limit,
-    )
-    # The harness names a metric with the filter that its answers went through: "acc,none".
-    return {
-        task: {
-            name.replace(",none", ""): value
-            for name, value in metrics.items()
-            if isinstance(value, (int, float)) and "," in name
-        }
-        for task, metrics in results["results"].items()
-    }
-
-
-def _watched(
-    documents: Documents | Texts, seen: dict[str, int], what: str
-) -> Iterator[tuple[str, str]]:
-    """The documents that are not empty, counted in ``seen``, with a bar on stderr on a terminal."""
-    bar = progress_bar(documents.size, what, unit="B", unit_scale=True)
-    for where, text in documents:
-        if text:
-            yield where, text
-            seen["documents"] += 1
-            seen["bytes"] += len(text.encode())
-        if bar is not None:
-            bar.update(documents.position - bar.n)
-    if bar is not None:
-        bar.close()

@@ -77,8 +77,9 @@ def _register_show(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "tokenizer",
         metavar="TOK",
         nargs="?",
-        help="a .model file, a tokenizer.bin, or a model of any kind; default: the model that ships"
-        " with the package",
+        default="bundled",
+        help="a .model file, a tokenizer.bin, or a model of any kind (default: `bundled`, the model"
+        " that ships)",
     )
     parser.add_argument("text", metavar="TEXT")
     parser.set_defaults(handler=run_show)
@@ -104,9 +105,9 @@ def run_train(args: argparse.Namespace) -> None:
 
 def run_show(args: argparse.Namespace) -> None:
     from ..formats import read_vocabulary
-    from ..loading import bundled_model
+    from ..loading import find_model
 
-    vocabulary = read_vocabulary(args.tokenizer or bundled_model())
+    vocabulary = read_vocabulary(find_model(args.tokenizer))
     tokens = _native(vocabulary).encode(args.text, bos=False)
     print(" ".join(f"{vocabulary.pieces[token]}:{token}" for token in tokens))
     n_characters, n_bytes = len(args.text), len(args.text.encode())

@@ -14,10 +14,10 @@ from typing import BinaryIO
 import numpy as np
 
 from ..errors import ArgumentError
-from ..files import whole_file, whole_folder
+from ..files import PathLike, whole_file, whole_folder
 from ..formats.checkpoint import TokenType
 from ..formats.sentencepiece import open_processor, read_sentencepiece
-from .documents import SEPARATOR, Documents, PathLike
+from .documents import SEPARATOR, Documents
 from .encoding import choose_encoding
 from .mending import cut, mend_encoding
 from .near import NearDuplicates
@@ -231,15 +231,14 @@ def _sound(documents: Documents, report: Report, max_bytes: int, texts: BinaryIO
         source = report.sources[documents.source]
         found = source.findings
         text = mend_encoding(original)
-        size = len(original.encode())
         source.documents += 1
-        source.bytes += size
+        source.bytes += len(original.encode())
         if text != original:
             found["damaged"].add(f"{where}: {_difference(original, text)}")
         if "\ufffd" in text:
             at = text.index("\ufffd")
             found["lost"].add(f"{where}: {text[max(0, at - 20) : at + 20]!r}")
-        if not text:
+        if not text.strip():
             found["empty"].add(where)
             continue
         if (key := text_key(text)) in seen:
@@ -251,7 +250,7 @@ def _sound(documents: Documents, report: Report, max_bytes: int, texts: BinaryIO
                 f"{where}: {likeness.jaccard:.2f} like {likeness.where}: {text[:40]!r}"
             )
             continue
-        if size > max_bytes:
+        if (size := len(text.encode())) > max_bytes:
             found["over_long"].add(f"{where}: {size:,} bytes: {text[:40]!r}")
         yield text
 

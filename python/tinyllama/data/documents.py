@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import codecs
 import csv
-import glob
 import gzip
 import io
 import json
-import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ..errors import ArgumentError, FormatError, MissingExtraError
-from .hub import PREFIX, HubDataset
+from ..errors import FormatError, MissingExtraError
+from ..files import PathLike
+from .hub import HubDataset
+from .sources import COMPRESSIONS, KINDS, find_sources, kind_of
 
 SEPARATOR = "<|endoftext|>"
 AUTO_FIELDS = ("story", "text", "content")
-DEFAULT_SOURCE = "text"
 PAIR_FIELDS = ("prompt", "completion")
-
-PathLike = str | os.PathLike[str]
 
 
 class Pair(NamedTuple):
@@ -47,8 +44,8 @@ class Documents:
       data set, ``hf:…`` (see ``HubDataset``).
 
     Each file may end in ``.gz`` or ``.zst`` as well. A folder stands for all such files in it and
-    below, sorted, a glob for those that it matches; a file named twice is read once. Memory holds
-    one document at a time, but for ``.json``, which cannot be read in parts.
+    below, sorted, but for hidden ones, a glob for those that it matches; a file named twice is read
+    once. Memory holds one document at a time, but for ``.json``, which cannot be read in parts.
 
     An input that is a string may begin with ``NAME=``, letters, digits, ``_`` and ``-``: inputs of
     one name are a source, those without a name the source "text". Sources come one after another;
@@ -95,7 +92,8 @@ class Documents:
 
     @property
     def position(self) -> int:
-        return self._finished + (self._raw.tell() if self._raw else 0)
+        at = self._raw.tell() if self._raw and self._raw.seekable() else 0
+        return self._finished + at
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         for where, pair in self.pairs():
@@ -157,7 +155,7 @@ class Documents:
         self._finished += path.stat().st_size
 
     def _read(self, path: Path, raw: io.BufferedReader) -> Iterator[tuple[str, Pair]]:
-        kind, compression = _kind(path)
+        kind, compression = kind_of(path)
         stream = _decompressed(raw, compression)
         if kind is None and b"\0" in stream.peek(8192):  # as git tells them from text
             raise FormatError(
@@ -192,76 +190,6 @@ def split_instruct(text: str, where: str) -> Pair:
     return Pair(match[0], text[match.end() :])
 
 
-KINDS = {
-    ".txt": "text",
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".json": "json",
-    ".csv": "csv",
-    ".tsv": "tsv",
-    ".parquet": "parquet",
-}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-
-
-def _kind(path: Path) -> tuple[str | None, str | None]:
-    """What a name says of a file's kind and of its compression; None where it says nothing."""
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    compression = COMPRESSIONS.get(suffixes[-1]) if suffixes else None
-    if compression:
-        suffixes.pop()
-    return KINDS.get(suffixes[-1]) if suffixes else None, compression
-
-
-NAMED = re.compile("([A-Za-z0-9_-]+)=(.+)")
-
-
-def find_sources(
-    inputs: PathLike | Iterable[PathLike],
-) -> dict[str, list[Path | HubDataset]]:
-    """What ``inputs`` stand for: for each source, by name, its files and data sets, in order."""
-    if isinstance(inputs, (str, os.PathLike)):
-        inputs = [inputs]
-    sources: dict[str, list[Path | HubDataset]] = {}
-    source_of: dict[str, str] = {}
-    for given in inputs:
-        named = NAMED.fullmatch(given) if isinstance(given, str) else None
-        source, place = (named[1], named[2]) if named else (DEFAULT_SOURCE, given)
-        is_hub = isinstance(place, str) and place.startswith(PREFIX)
-        for item in [HubDataset(str(place))] if is_hub else find_files(Path(place)):
-            before = source_of.get(str(item))
-            if before is None:
-                source_of[str(item)] = source
-                sources.setdefault(source, []).append(item)
-            elif before != source:
-                raise ArgumentError(f"{item} is in two sources, {before} and {source}")
-    if not sources:
-        raise ArgumentError("no input was named")
-    return sources
-
-
-def find_files(path: Path) -> list[Path]:
-    """The files that a file, a folder or a glob stands for, in order."""
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("[!.]*") if _is_known_file(file))
-        if not files:
-            raise ArgumentError(f"{path}: the folder holds no {', '.join(KINDS)} file")
-        return files
-    if path.exists():
-        return [path]
-    if not glob.has_magic(str(path)):
-        raise FileNotFoundError(f"{path}: no such file or folder")
-    files = [Path(match) for match in sorted(glob.glob(str(path), recursive=True))]
-    files = [file for file in files if _is_known_file(file)]
-    if not files:
-        raise FileNotFoundError(f"{path}: no file matches that ends in {', '.join(KINDS)}")
-    return files
-
-
-def _is_known_file(path: Path) -> bool:
-    return path.is_file() and _kind(path)[0] is not None
-
-
 def _decompressed(raw: io.BufferedReader, compression: str | None) -> io.BufferedReader:
     if compression == "gzip":
         return gzip.open(raw)  # type: ignore[return-value]
@@ -294,6 +222,8 @@ def _lines(
     for number, line in enumerate(stream, 1):
         start = offset
         offset += len(line)
+        if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise FormatError(f"{path}: UTF-16, expected UTF-8: save it as that")
         if number == 1 and line.startswith(codecs.BOM_UTF8):
             line = line[len(codecs.BOM_UTF8) :]
             start += len(codecs.BOM_UTF8)

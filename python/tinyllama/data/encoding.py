@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..errors import FormatError
+from ..files import PathLike
 from ..formats import read_vocabulary
 from ..formats.sentencepiece import open_processor, read_sentencepiece, save_sentencepiece
-from .documents import Pair, PathLike
+from .documents import Pair
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,13 @@ class Encoding:
 
 
 def choose_encoding(tokenizer: PathLike, valid_fraction: float, seed: int) -> Encoding:
-    """The encoding by a SentencePiece ``.model``, or by the tokenizer of a model.
+    """The encoding by a SentencePiece ``.model``, or by the tokenizer of a model or of shards.
 
     Raises OSError, and FormatError for what has no such tokenizer, or one without BOS or EOS.
     """
     path = Path(tokenizer)
-    if (path / "tokenizer.model").is_file():
-        path = path / "tokenizer.model"
+    if (path / "tokenizer.model").is_file() and not (path / "config.json").is_file():
+        path = path / "tokenizer.model"  # of shards; a model's other files may add to it
     if path.is_dir() or path.suffix in (".gguf", ".bin"):
         model = save_sentencepiece(read_vocabulary(path))
     else:

@@ -51,8 +51,7 @@ class HubDataset:
             raise MissingExtraError("datasets", "data") from None
         try:
             if _was_saved_to_disk(Path(self.name)):
-                splits = datasets.load_from_disk(self.name)
-                self._dataset = splits[self.split] if isinstance(splits, dict) else splits
+                self._dataset = self._choose(datasets.load_from_disk(self.name))
             else:
                 self._dataset = datasets.load_dataset(
                     self.name,
@@ -67,6 +66,17 @@ class HubDataset:
             raise OSError(f"{self}: {error}") from None
         except (ValueError, KeyError) as error:
             raise ArgumentError(f"{self}: {error}") from None
+
+    def _choose(self, saved: Any) -> Any:
+        """The split of what was saved to disk."""
+        for name in ("config", "revision"):
+            if getattr(self, name):
+                raise ValueError(f"a folder that was saved has no {name}")
+        if isinstance(saved, dict):
+            return saved[self.split]
+        if self.split not in ("train", str(saved.split)):
+            raise ValueError(f"holds a single split, {saved.split or 'without a name'}")
+        return saved
 
     @property
     def columns(self) -> list[str] | None:

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from array import array
 from functools import partial
 from typing import BinaryIO, NamedTuple
 
 from ..errors import ArgumentError, MissingExtraError
+from ..words import words
 
 N_WORDS = 5
 N_HASHES = 128
 MOST_MISSED = 0.01
 SEED = 1
 
-# Thai to Lao, Burmese, Khmer, kana and Chinese characters stand without spaces: each is a word.
-_UNSPACED = (
-    "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-    "\U00020000-\U0003ffff"
-)
-_WORD = re.compile(f"[{_UNSPACED}]|[^\\W{_UNSPACED}]+")
-
 
 def shingles(text: str) -> set[str]:
     """All runs of five words in lower case, without punctuation; a shorter text is one run."""
-    words = _WORD.findall(text.lower())
-    if not words:
+    spelled = words(text)
+    if not spelled:
         return set()
-    return {" ".join(words[i : i + N_WORDS]) for i in range(max(1, len(words) - N_WORDS + 1))}
+    return {" ".join(spelled[i : i + N_WORDS]) for i in range(max(1, len(spelled) - N_WORDS + 1))}
 
 
 def jaccard(a: set[str], b: set[str]) -> float:

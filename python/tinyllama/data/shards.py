@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,9 +27,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import ArgumentError, FormatError, TinyllamaError
-from ..files import whole_file
+from ..files import PathLike, whole_file
 from ..formats.sentencepiece import read_sentencepiece
-from .documents import SEPARATOR, Documents, Pair, PathLike
+from .documents import SEPARATOR, Documents, Pair
 from .encoding import Encoder, Encoding, choose_encoding
 
 UNIT_BYTES = 4 << 20
@@ -116,6 +116,8 @@ def prepare(
     """
     if not 0 <= valid_fraction < 1:
         raise ArgumentError(f"valid_fraction is {valid_fraction}, expected 0 up to below 1")
+    if not -(2**63) <= seed < 2**63:
+        raise ArgumentError(f"seed is {seed}, expected a number of 64 bits")
     if n_workers < 1:
         raise ArgumentError(f"n_workers is {n_workers}, expected at least 1")
     out = Path(out)
@@ -310,8 +312,9 @@ def _write_shards(
     encoding: Encoding, units: list[Encoded], parts: Path, out: Path
 ) -> dict[str, Any]:
     """Replace what ``out`` holds by the shards of ``units``: the manifest, still to be written."""
-    for stale in (out / "manifest.json", *out.glob("*-[0-9]*.*"), *out.glob(".*.part")):
-        stale.unlink(missing_ok=True)
+    ours = [f"{side}-[0-9]*.{kind}" for side in SPLITS for kind in ("bin", "prompts")]
+    for stale in chain.from_iterable(map(out.glob, ("manifest.json", *ours, ".*.part"))):
+        stale.unlink()
     splits: dict[str, Any] = {}
     for side in SPLITS:
         total = _sum(units, side)

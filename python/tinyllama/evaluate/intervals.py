@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 N_RESAMPLES = 10_000
+AT_ONCE = 1_000_000  # values drawn: what of all resamples is in memory
 Z = 1.959964  # of the standard normal distribution, 2.5 % lie above
 
 
@@ -34,8 +35,13 @@ def of_prompts(groups: Sequence[Sequence[float]]) -> Estimate | None:
         return None
     if len(means) == 1:
         return Estimate(float(means[0]), None, None)
-    draws = np.random.default_rng(0).integers(len(means), size=(N_RESAMPLES, len(means)))
-    low, high = np.quantile(means[draws].mean(axis=1), [0.025, 0.975])
+    random = np.random.default_rng(0)
+    step = max(1, AT_ONCE // len(means))
+    drawn = [
+        means[random.integers(len(means), size=(min(step, N_RESAMPLES - done), len(means)))].mean(1)
+        for done in range(0, N_RESAMPLES, step)
+    ]
+    low, high = np.quantile(np.concatenate(drawn), [0.025, 0.975])
     return Estimate(float(means.mean()), float(low), float(high))
 
 

@@ -91,6 +91,9 @@ _FORMS: tuple[dict[str, Any], ...] = (
 )
 
 
+_BEGIN = b'{"key": "'  # of every line of Answers
+
+
 @dataclass(frozen=True)
 class Question:
     """One completion to be graded once. ``judge``: the judging model; ``completion`` and
@@ -147,8 +150,11 @@ class Answers:
         self.path = Path(path)
         self._replies: dict[str, list[dict[str, Any]]] = {}
         data = self.path.read_bytes() if self.path.exists() else b""
-        self._torn_at = data.rfind(b"\n") + 1 if not data.endswith(b"\n") and data else None
-        for number, line in enumerate(data[: self._torn_at].splitlines(), 1):
+        *lines, torn = data.split(b"\n")
+        if not _BEGIN.startswith(torn[: len(_BEGIN)]):  # somebody's file, not to be cut
+            raise FormatError(f"{self.path}: line {len(lines) + 1}: not an answer of a judge")
+        self._torn_at = len(data) - len(torn) if torn else None
+        for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
                 self._replies.setdefault(record["key"], []).append(record)
@@ -170,11 +176,13 @@ class Answers:
     def add(self, question: Question, record: dict[str, Any]) -> None:
         """Keep one reply. It is on disk when this returns."""
         line = json.dumps({"key": question.key, **record}, ensure_ascii=False) + "\n"
+        # Half a surrogate pair, which a judge may reply, is no UTF-8; so JSON spells it.
+        data = line.encode(errors="backslashreplace")
         with open(self.path, "ab") as file:
             if self._torn_at is not None:
                 file.truncate(self._torn_at)
                 self._torn_at = None
-            file.write(line.encode())
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         self._replies.setdefault(question.key, []).append({"key": question.key, **record})
@@ -254,20 +262,23 @@ def _request(
             "completion_tokens": usage.completion_tokens if usage else 0,
         }
 
-    while len(forms) > 1:
+    retries = 0 if len(forms) > 1 else RETRIES
+    while True:
         try:
-            reply = send(retries=0)
-        except openai.APIStatusError as error:
+            reply = send(retries)
+        except openai.APIError as error:
             # llama-cpp-python says 500 of a form that it does not know.
-            if error.status_code not in (400, 422) and "response_format" not in str(error):
-                break
-            del forms[0]
-        except openai.APIConnectionError:
-            break
+            status = getattr(error, "status_code", None)
+            refused = status in (400, 422) or "response_format" in str(error)
+            if refused and len(forms) > 1:
+                del forms[0]
+            elif retries == RETRIES:
+                raise
+            else:
+                retries = RETRIES
         else:
             del forms[1:]
             return reply
-    return send(RETRIES)
 
 
 def _read(reply: str) -> tuple[dict[str, Any] | None, str | None]:

@@ -1,7 +1,8 @@
 """How much of a model's stories stands in the text it was trained on.
 
 The stories are indexed and the documents pass by one at a time, so that memory depends on the
-stories alone. Words are those of :mod:`.stories`: case and punctuation count for nothing.
+stories alone. Words are those of :func:`tinyllama.words.words`: case and punctuation count for
+nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import MissingExtraError
-from .stories import words
+from ..words import words
 
 SHORTEST_COPY = 4  # words
 

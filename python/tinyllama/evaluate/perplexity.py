@@ -91,5 +91,5 @@ def _score(model: Model, session: _core.Session, text: str, whole: bool) -> tupl
 
 def _log_probability(logits: npt.NDArray[np.float32], tokens: list[int]) -> float:
     """ln of the probability that the next token is one of ``tokens``."""
-    weights = np.exp(logits.astype(np.float64) - float(logits.max()))
-    return math.log(float(weights[tokens].sum() / weights.sum()))
+    scores = logits.astype(np.float64)
+    return float(np.logaddexp.reduce(scores[tokens]) - np.logaddexp.reduce(scores))

@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, FormatError, MissingExtraError
+from ..words import UNSPACED
 
 if TYPE_CHECKING:
     from ..model import Model
 
 SHIPPED = Path(__file__).with_name("prompts.json")
 LEAST_WORDS = 20  # of a document that is cut
+_WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")  # with the punctuation beside it
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def cut_documents(model: Model, documents: Iterable[tuple[str, str]], seed: int)
     chance = random.Random(seed)
     texts = []
     for _, text in documents:
-        ends = [word.end() for word in re.finditer(r"\S+", text)]
+        ends = [word.end() for word in _WORD.finditer(text)]
         n_words = round(chance.uniform(0.4, 0.6) * len(ends))
         if len(ends) < LEAST_WORDS or len(model.tokenizer.encode(text)) > model.config.max_seq_len:
             continue

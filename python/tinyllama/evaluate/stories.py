@@ -1,12 +1,11 @@
 """Stories told by a model, and what can be measured of them without a judge.
 
-A word is a run of letters and digits in lower case, or one Chinese or Japanese character;
-punctuation is none. All measures are of what the model wrote, without the prompt.
+Words are those of :func:`tinyllama.words.words`. All measures are of what the model wrote, without
+the prompt.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,12 +13,12 @@ from typing import TYPE_CHECKING
 from ..errors import MissingExtraError
 from ..generation import Completion, OnDone
 from ..sampling import SamplingParams
+from ..words import words
 from .intervals import Estimate, of_prompts
 
 if TYPE_CHECKING:
     from ..model import Model
 
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W_\u3040-\u30ff\u3400-\u9fff]+")
 SENTENCE_END = tuple(".!?…。！？")
 CLOSING = "\"'”’»」』)*_"
 MAX_BLEU_TEXTS = 100  # the work grows with the square, and so does self-BLEU with the number
@@ -66,11 +65,6 @@ def measure(groups: Sequence[Sequence[Completion]]) -> StoryMeasures:
         distinct=(distinct(texts, 1), distinct(texts, 2), distinct(texts, 3)),
         self_bleu=self_bleu(texts),
     )
-
-
-def words(text: str) -> list[str]:
-    """The words of a text, as this module's head defines them."""
-    return WORD.findall(text.lower())
 
 
 def ends_properly(story: Completion) -> bool:

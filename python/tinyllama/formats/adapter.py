@@ -6,7 +6,6 @@ Llama that computes the same is checked here.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from ..errors import ExportError, FormatError, MissingExtraError
+from ..files import PathLike
 from .checkpoint import Checkpoint
 from .hf import from_hf, hf_name, load_hf
 from .hf_tokenizer import read_json
-
-PathLike = str | os.PathLike[str]
 
 WEIGHTS = "adapter_model.safetensors"
 MAX_DIFFERENCE = 1e-4  # of the largest logit: float32 in another order

@@ -8,9 +8,8 @@ and wk are permuted on the way.
 from __future__ import annotations
 
 import json
-import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,10 @@ import numpy as np
 
 from ..config import Config, RopeScaling
 from ..errors import ArgumentError, ConfigError, FormatError, MissingExtraError
-from ..files import whole_folder
+from ..files import PathLike, whole_folder
 from .checkpoint import Checkpoint
 from .dtypes import decode_tensor, encode_tensor
-from .hf_tokenizer import load_tokenizer, padding_id, read_json, tokenizer_files
-
-PathLike = str | os.PathLike[str]
+from .hf_tokenizer import load_tokenizer, padding_id, read_json, to_json, tokenizer_files
 
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -92,7 +89,6 @@ def save_hf(checkpoint: Checkpoint, folder: PathLike, dtype: str = "f32") -> Non
     """
     if dtype not in _TORCH_DTYPES:
         raise ArgumentError(f"dtype is {dtype!r}; a Hugging Face folder takes f32, f16 or bf16")
-    folder = Path(os.path.realpath(folder))
     texts: dict[str, bytes] = tokenizer_files(checkpoint.vocabulary, checkpoint.config)
     texts["config.json"] = to_json(_config_fields(checkpoint, dtype))
     texts["generation_config.json"] = to_json(_generation_fields(checkpoint))
@@ -128,14 +124,6 @@ def _to_halves(tensor: np.ndarray, config: Config) -> np.ndarray:
     return np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(tensor.shape)
 
 
-# --- JSON ---------------------------------------------------------------------------------------
-
-
-def to_json(fields: Mapping[str, Any]) -> bytes:
-    """As transformers lays its files out."""
-    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
-
-
 # --- config.json --------------------------------------------------------------------------------
 
 
@@ -155,13 +143,20 @@ def _read_config(fields: dict[str, Any], source: str, n_tensors: int) -> Config:
             n_kv_heads=_given(fields, "num_key_value_heads", 0),
             head_dim=_given(fields, "head_dim", 0),
             hidden_dim=_given(fields, "intermediate_size", 11008),
-            rope_theta=float(rope.get("rope_theta", 10000.0)),
+            rope_theta=_number(rope, "rope_theta", 10000.0),
             rope_scaling=_rope_scaling(rope, source),
-            norm_eps=float(fields.get("rms_norm_eps", 1e-6)),
+            norm_eps=_number(fields, "rms_norm_eps", 1e-6),
             tie_embeddings=bool(fields.get("tie_word_embeddings", False)),
         )
-    except (ConfigError, TypeError, ValueError) as error:
+    except (ConfigError, OverflowError) as error:
         raise FormatError(f"{source}: {error}") from None
+
+
+def _number(fields: dict[str, Any], name: str, default: float) -> float:
+    value = fields.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{name} is {value!r}; it must be a number")
+    return float(value)
 
 
 def _given(fields: dict[str, Any], name: str, default: int) -> Any:
@@ -177,7 +172,8 @@ def _given(fields: dict[str, Any], name: str, default: int) -> Any:
 def _refuse_what_is_no_llama(fields: dict[str, Any], source: str) -> None:
     kind = fields.get("model_type", "llama")
     architectures = fields.get("architectures") or ["LlamaForCausalLM"]
-    if kind != "llama" or "LlamaForCausalLM" not in architectures:
+    is_list = isinstance(architectures, list)
+    if kind != "llama" or not is_list or "LlamaForCausalLM" not in architectures:
         raise FormatError(
             f"{source}: model_type is {kind!r} and architectures {architectures};"
             " only 'llama' with LlamaForCausalLM is supported"
@@ -294,7 +290,8 @@ def _read_tensors(folder: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
         files = [single]
     elif index.is_file():
         weight_map = read_json(index).get("weight_map", {})
-        names = sorted({str(name) for name in weight_map.values()}) if weight_map else []
+        is_map = isinstance(weight_map, dict)
+        names = sorted({str(name) for name in weight_map.values()}) if is_map else []
         if not names or any(Path(name).name != name for name in names):
             raise FormatError(f"{index}: weight_map names no files of this folder")
         files = [folder / name for name in names]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,25 +32,22 @@ def load_tokenizer(folder: Path, config_fields: dict[str, Any]) -> Vocabulary:
 
     Raises FormatError when there is neither or it is not of SentencePiece's kind.
     """
-    settings = (
-        read_json(folder / "tokenizer_config.json")
-        if (folder / "tokenizer_config.json").is_file()
-        else {}
-    )
-    pipeline = read_json(folder / "tokenizer.json") if (folder / "tokenizer.json").is_file() else {}
-    if (folder / "tokenizer.model").is_file():
-        vocabulary = load_sentencepiece(folder / "tokenizer.model")
-        added = pipeline.get("added_tokens", [])
-        vocabulary = _with_added(vocabulary, added, f"{folder / 'tokenizer.json'}")
-    elif pipeline:
-        vocabulary = _from_pipeline(pipeline, str(folder / "tokenizer.json"))
-    else:
-        raise FormatError(f"{folder}: neither tokenizer.model nor tokenizer.json is there")
-    added = [
-        {"id": int(token), **entry}
-        for token, entry in settings.get("added_tokens_decoder", {}).items()
-    ]
-    vocabulary = _with_added(vocabulary, added, f"{folder / 'tokenizer_config.json'}")
+    plain, rules = folder / "tokenizer.model", folder / "tokenizer.json"
+    extra = folder / "tokenizer_config.json"
+    settings = read_json(extra) if extra.is_file() else {}
+    pipeline = read_json(rules) if rules.is_file() else {}
+    with _laid_out(rules):
+        if plain.is_file():
+            vocabulary = load_sentencepiece(plain)
+            vocabulary = _with_added(vocabulary, pipeline.get("added_tokens", []), str(rules))
+        elif pipeline:
+            vocabulary = _from_pipeline(pipeline, str(rules))
+        else:
+            raise FormatError(f"{folder}: neither tokenizer.model nor tokenizer.json is there")
+    with _laid_out(extra):
+        decoder = settings.get("added_tokens_decoder", {})
+        added = [{"id": int(token), **entry} for token, entry in decoder.items()]
+        vocabulary = _with_added(vocabulary, added, str(extra))
     changes: dict[str, Any] = {}
     for name in ("bos", "eos", "pad"):
         token = config_fields.get(f"{name}_token_id")
@@ -103,10 +101,7 @@ def tokenizer_files(vocabulary: Vocabulary, config: Config) -> dict[str, bytes]:
         "tokenizer_config.json": settings,
         "special_tokens_map.json": special,
     }
-    data = {
-        name: (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
-        for name, fields in files.items()
-    }
+    data = {name: to_json(fields) for name, fields in files.items()}
     return {"tokenizer.model": save_sentencepiece(vocabulary)} | data
 
 
@@ -119,6 +114,22 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FormatError(f"{path}: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def to_json(fields: dict[str, Any]) -> bytes:
+    """As transformers lays its files out."""
+    return (json.dumps(fields, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+@contextmanager
+def _laid_out(path: Path) -> Iterator[None]:
+    """Make a FormatError that names ``path`` of what reading another layout than its own raises."""
+    try:
+        yield
+    except FormatError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, OverflowError) as error:
+        raise FormatError(f"{path}: not laid out as such a file is: {error!r}") from None
 
 
 def _with_added(vocabulary: Vocabulary, added: list[dict[str, Any]], source: str) -> Vocabulary:
