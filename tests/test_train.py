@@ -28,7 +28,7 @@ from tinyllama.train.checkpoint import find_checkpoint, load_state, load_weights
 from tinyllama.train.model import Llama, drop  # noqa: E402
 from tinyllama.train.recipe import Recipe  # noqa: E402
 from tinyllama.train.trainer import Trainer, make_optimizers  # noqa: E402
-from tinyllama.train.validate import validate  # noqa: E402
+from tinyllama.train.validate import Validation, validate  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,15 @@ def test_signal_saves_and_the_same_call_goes_on(tokens: Path, tmp_path: Path) ->
     assert signal.getsignal(signal.SIGINT) is before
     resumed = Trainer(recipe, tokens, tmp_path / "run")
     assert resumed.state.step == 2
+    resumed.train()
+    assert same(weights(straight), weights(resumed))
+
+
+def test_a_run_stopped_before_its_first_step_goes_on(tokens: Path, tmp_path: Path) -> None:
+    straight = Trainer(RECIPE, tokens, tmp_path / "straight")
+    straight.train()
+    Trainer(RECIPE, tokens, tmp_path / "run").save()
+    resumed = Trainer(RECIPE, tokens, tmp_path / "run")
     resumed.train()
     assert same(weights(straight), weights(resumed))
 
@@ -252,6 +261,20 @@ def test_only_the_last_two_and_the_best_checkpoint_are_kept(tokens: Path, tmp_pa
     assert find_checkpoint(tmp_path, "BEST").name == "step-00000002"
 
 
+def test_the_best_validation_is_kept_where_no_save_is_due(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([3.0, 1.0, 2.0, 2.5])  # after steps 2, 4, 6 and 7
+    monkeypatch.setattr(
+        "tinyllama.train.trainer.validate", lambda *_: Validation(1.0, 0.1, next(scores), 9)
+    )
+    recipe = dataclasses.replace(RECIPE, steps=7, every_eval=2, every_save=3)
+    Trainer(recipe, tokens, tmp_path).train()
+    assert find_checkpoint(tmp_path, "BEST").name == "step-00000004"
+    kept = sorted(folder.name for folder in tmp_path.glob("step-*"))
+    assert kept == ["step-00000004", "step-00000006", "step-00000007"]
+
+
 @pytest.mark.parametrize("failing", ["save_hf", "trainer.json", "LATEST"])
 def test_a_save_that_fails_leaves_the_earlier_checkpoint(
     tokens: Path, tmp_path: Path, failing: str, monkeypatch: pytest.MonkeyPatch
@@ -326,6 +349,17 @@ def test_a_loss_that_is_no_number_stops_the_run(tokens: Path, tmp_path: Path) ->
     with pytest.raises(NonFiniteError, match="nan at step 2"):
         trainer.train()
     assert load_state(find_checkpoint(tmp_path)).step == 1
+
+
+def test_gradients_that_overflow_stop_the_run_before_the_weights_change(
+    tokens: Path, tmp_path: Path
+) -> None:
+    trainer = Trainer(RECIPE, tokens, tmp_path)
+    before = {name: value.copy() for name, value in weights(trainer).items()}
+    trainer.model.final_norm.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(NonFiniteError, match=r"norm of the gradients is (inf|nan) at step 1"):
+        trainer.train()
+    assert same(before, weights(trainer)) and not list(tmp_path.glob("step-*"))
 
 
 def test_a_damaged_token_folder_is_refused(tokens: Path, tmp_path: Path) -> None:

@@ -40,18 +40,18 @@ class Recipe:
     The learning rate rises linearly for ``warmup_steps``, then falls by ``schedule`` to
     ``final_lr_fraction`` of its peak at ``steps``. ``optimizer="muon"`` trains the matrices of the
     layers by Muon at ``muon_learning_rate`` and everything else by AdamW at ``learning_rate``.
-    ``every_*`` count steps; 0 switches the thing off. The last ``keep_checkpoints`` and the best
-    stay; 0: all of them. ``init_from`` names a run, or a model that ``load`` reads ("bundled": the
-    one that ships), whose weights are the starting point. With ``epochs``, ``steps`` follows from
-    the data, which are seen so many times. ``weights`` mixes the data: how often an epoch has the
-    documents of a source, by its name; 1 unless given, 0.5 is half of them, 2.5 all of them twice
-    and half once more (``batches.mixture``). With ``document_mask`` attention ends where a document
-    begins, though a window holds several. ``dtype``, ``compile`` and ``device`` "auto" mean:
-    bf16 where the processor multiplies it natively, compiled where a compiler is found, cuda before
-    mps before cpu. ``prompts`` are continued every ``every_sample`` steps, each with the same
-    random numbers every time. ``tensorboard`` writes event files beside the metrics; ``energy``, a
-    country's three letters or "world", has energy and CO2 equivalent estimated
-    (``energy.EnergyMeter``).
+    ``every_*`` count steps; 0 switches the thing off. With ``every_save``, what scores best so far
+    is saved too. The last ``keep_checkpoints`` and the best stay; 0: all of them. ``init_from``
+    names a run, or a model that ``load`` reads ("bundled": the one that ships), whose weights are
+    the starting point. With ``epochs``, ``steps`` follows from the data, which are seen so many
+    times. ``weights`` mixes the data: how often an epoch has the documents of a source, by its
+    name; 1 unless given, 0.5 is half of them, 2.5 all of them twice and half once more
+    (``batches.mixture``). With ``document_mask`` attention ends where a document begins, though a
+    window holds several. ``dtype``, ``compile`` and ``device`` "auto" mean: bf16 where the
+    processor multiplies it natively, compiled where a compiler is found, cuda before mps before
+    cpu. ``prompts`` are continued every ``every_sample`` steps, each with the same random numbers
+    every time. ``tensorboard`` writes event files beside the metrics; ``energy``, a country's three
+    letters or "world", has energy and CO2 equivalent estimated (``energy.EnergyMeter``).
 
     Processes that torchrun starts share each step's ``batch_size`` × ``grad_accum`` windows, at
     most ``batch_size`` at once; ``parallel`` says whether each holds the whole model ("ddp") or a
