@@ -369,6 +369,11 @@ def test_a_damaged_token_folder_is_refused(tokens: Path, tmp_path: Path) -> None
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(FormatError, match=r"train-0\.bin"):
         TokenFolder(tmp_path).split("train")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["splits"]["valid"]["shards"][1]["file"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match=r"manifest\.json: split valid: field 'file' is missing"):
+        TokenFolder(tmp_path).split("valid")
     (tmp_path / "manifest.json").write_text('{"format": "tinyllama-tokens", "version": 1}')
     with pytest.raises(FormatError, match=r"manifest\.json.*'dtype'"):
         TokenFolder(tmp_path)
