@@ -292,7 +292,8 @@ def _limits(model: Model, run: Run | None, statement: Statement) -> str:
         )
     if run and score and run.state.get("best_bits_per_byte") == score["bits_per_byte"]:
         known.append(
-            "It is the checkpoint that did best on that text, so its score is a little optimistic."
+            "No checkpoint before it did better on that text: if it was picked for that, its score"
+            " is a little optimistic."
         )
     return "\n\n".join(filter(None, ["## Limits", statement.limits.strip(), " ".join(known)]))
 
