@@ -343,6 +343,7 @@ def test_fine_tuning_the_bundled_model_from_the_command_line(
     assert main([*command.split(), "--valid-fraction", "0.2"]) == 0
     assert "are pairs" in capsys.readouterr().out
     short = "--set epochs=0 --set steps=1 --set batch_size=1 --set seq_len=64 --set compile=no"
+    short += " --set every_sample=0"
     assert main(f"train --from bundled --data pairs --out tuned {short}".split()) == 0
     tuned, start = read_checkpoint("tuned"), read_checkpoint(bundled_model())
     assert tuned.vocabulary.pieces == start.vocabulary.pieces

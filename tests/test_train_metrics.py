@@ -70,6 +70,14 @@ def test_the_records_of_a_run(run: Path) -> None:
     assert training["peak_share"] == pytest.approx(peak_share, abs=1e-4)
 
 
+def test_what_is_switched_off_is_not_done_at_the_end_either(tokens: Path, tmp_path: Path) -> None:
+    off = {"steps": 2, "every_eval": 0, "every_sample": 0, "every_save": 0}
+    checkpoint = Trainer(dataclasses.replace(RECIPE, **off), tokens, tmp_path).train()
+    assert checkpoint.name == "step-00000002"
+    fields = {field for record in read_records(tmp_path) for field in record}
+    assert "train_nats" in fields and not fields & {"valid_nats", "sample"}
+
+
 def test_the_learning_rate_recorded_is_the_optimizers(tokens: Path, tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, learning_rate=3e-3, muon_learning_rate=7e-3)
     trainer = Trainer(recipe, tokens, tmp_path)

@@ -392,4 +392,4 @@ def make_optimizers(model: Llama, recipe: Recipe) -> dict[str, Optimizer]:
 
 
 def _due(step: int, every: int, last: bool) -> bool:
-    return last or (every > 0 and step % every == 0)
+    return every > 0 and (last or step % every == 0)
