@@ -285,11 +285,6 @@ def test_validation_scores_completions_only(tmp_path: Path, context: int) -> Non
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokens(tmp_path_factory.mktemp("tokens"))
-
-
-@pytest.fixture(scope="module")
 def first(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     trainer = Trainer(RECIPE, tokens, tmp_path_factory.mktemp("first") / "run")
     trainer.train()

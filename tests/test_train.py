@@ -20,7 +20,7 @@ sentencepiece = pytest.importorskip("sentencepiece")
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
 
-from tiny_training import CONFIG, RECIPE, VOCAB, learned, same, weights, write_tokens  # noqa: E402
+from tiny_training import CONFIG, RECIPE, VOCAB, learned, same, weights  # noqa: E402
 from tinyllama.errors import ConfigError, FormatError, NonFiniteError  # noqa: E402
 from tinyllama.train import checkpoint as checkpoints  # noqa: E402
 from tinyllama.train.batches import TokenFolder, Windows  # noqa: E402
@@ -29,11 +29,6 @@ from tinyllama.train.model import Llama, drop  # noqa: E402
 from tinyllama.train.recipe import Recipe  # noqa: E402
 from tinyllama.train.trainer import Trainer, make_optimizers  # noqa: E402
 from tinyllama.train.validate import Validation, validate  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 def in_parts(recipe: Recipe, data: Path, run: Path, stops: list[int]) -> Trainer:

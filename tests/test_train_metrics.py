@@ -22,7 +22,7 @@ pytest.importorskip("tqdm")
 import torch.nn.functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from tiny_training import CONFIG, RECIPE, as_toml, learned, write_tokens  # noqa: E402
+from tiny_training import CONFIG, RECIPE, as_toml, learned  # noqa: E402
 from tinyllama.cli import main  # noqa: E402
 from tinyllama.config import Config  # noqa: E402
 from tinyllama.errors import ConfigError  # noqa: E402
@@ -35,11 +35,6 @@ from tinyllama.train.trainer import Trainer  # noqa: E402
 from tinyllama.train.validate import validate  # noqa: E402
 
 RECIPE = dataclasses.replace(RECIPE, steps=12, every_eval=4, every_save=5, every_sample=6)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ pytest.importorskip("sentencepiece")
 pytest.importorskip("tqdm")
 
 
-from tiny_training import CONFIG, RECIPE, as_toml, write_tokens  # noqa: E402
+from tiny_training import CONFIG, RECIPE, as_toml  # noqa: E402
 from tinyllama.cli import main  # noqa: E402
 from tinyllama.errors import ArgumentError, FormatError  # noqa: E402
 from tinyllama.train.compare import Comparison  # noqa: E402
@@ -31,11 +31,6 @@ from tinyllama.train.page import run_page, smoothed  # noqa: E402
 from tinyllama.train.trainer import Trainer  # noqa: E402
 
 RECIPE = dataclasses.replace(RECIPE, steps=12, every_eval=4, every_save=5, every_sample=6)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module")
