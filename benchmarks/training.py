@@ -94,7 +94,9 @@ def run_ours(recipe: Recipe, folder: Path, turns: Turns) -> None:
         turns.done()
 
 
-def run_hf(recipe: Recipe, data: np.ndarray, settings: dict[str, Any], turns: Turns) -> None:
+def run_hf(
+    recipe: Recipe, data: np.ndarray, folder: Path, settings: dict[str, Any], turns: Turns
+) -> None:
     import torch
     import transformers
 
@@ -110,7 +112,7 @@ def run_hf(recipe: Recipe, data: np.ndarray, settings: dict[str, Any], turns: Tu
     windows = torch.from_numpy(data[: len(data) // SEQ_LEN * SEQ_LEN].astype(np.int64))
     windows = windows.view(-1, SEQ_LEN)
     arguments = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=True, max_steps=10**6,
+        output_dir=str(folder), use_cpu=True, bf16=True, max_steps=10**6,
         per_device_train_batch_size=recipe.batch_size, learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay, adam_beta2=recipe.beta2, max_grad_norm=1.0,
         save_strategy="no", report_to="none", logging_steps=10, disable_tqdm=True,
@@ -153,7 +155,7 @@ def measure(args: argparse.Namespace, name: str) -> dict[str, Any]:
                 raise SystemExit(f"{player} ended; --verbose shows what it said")
             seconds[player].append(float(answer))
     for process in players.values():
-        process.kill()
+        process.communicate()  # with nothing more to read it ends, and takes its files along
     medians = {player: statistics.median(s[WARM_UP:]) for player, s in seconds.items()}
     n = args.batch * SEQ_LEN
     return {
@@ -186,7 +188,7 @@ def main() -> None:
         if args.play == "tinyllama":
             run_ours(recipe, Path(folder), turns)
         else:
-            run_hf(recipe, data, PEERS[args.play], turns)
+            run_hf(recipe, data, Path(folder), PEERS[args.play], turns)
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ PAD = 0  # the unknown token, which texts do not end with: models of this projec
 
 
 def read(path: str, columns: list[str], label: str) -> list[Example]:
-    """The examples of a file. Raises SystemExit, naming the column, where one is missing."""
+    """The examples of a file. Raises SystemExit, naming the example, where a column is missing."""
     if Path(path).suffix == ".xml":
         pairs = ET.parse(path).getroot().iter("pair")
         records = [
@@ -50,13 +50,23 @@ def read(path: str, columns: list[str], label: str) -> list[Example]:
         ]
     else:
         with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.reader(file))
+            rows = [row for row in csv.reader(file) if row]
+        if not rows:
+            raise SystemExit(f"{path}: there are no examples")
         numbered = all(name.isdecimal() for name in (*columns, label))
         names = [str(i + 1) for i in range(len(rows[0]))] if numbered else rows.pop(0)
+        for number, row in enumerate(rows, 1):
+            if len(row) != len(names):
+                raise SystemExit(
+                    f"{path}: example {number} has {len(row)} columns, not {len(names)}"
+                )
         records = [dict(zip(names, row, strict=True)) for row in rows]
-    for name in (*columns, label):
-        if not records or name not in records[0]:
-            raise SystemExit(f"{path}: there is no column {name!r}")
+    if not records:
+        raise SystemExit(f"{path}: there are no examples")
+    for number, record in enumerate(records, 1):
+        for name in (*columns, label):
+            if name not in record:
+                raise SystemExit(f"{path}: example {number} has no column {name!r}")
     return [(tuple(r[name].strip() for name in columns), r[label]) for r in records]
 
 
@@ -114,13 +124,14 @@ def fine_tune(args, rows: list[list[int]], labels: list[int], n_labels: int, see
         args.model, num_labels=n_labels, pad_token_id=PAD, dtype=torch.float32
     ).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.01)
-    per_epoch = len(rows) // args.batch_size
+    size = min(args.batch_size, len(rows))
+    per_epoch = len(rows) // size
     steps = args.epochs * per_epoch
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps)
     model.train()
     for step in tqdm(range(steps), f"seed {seed}", mininterval=0.5 if sys.stderr.isatty() else 30):
         if step % per_epoch == 0:
-            batches = shuffled(rows, args.batch_size, random)
+            batches = shuffled(rows, size, random)
         chosen = batches[step % per_epoch]
         targets = torch.tensor([labels[i] for i in chosen], device=device)
         with autocast():

@@ -62,6 +62,8 @@ def main() -> None:
     # The whole path: the adapter remembers it, and export finds its base again.
     model = AutoModelForCausalLM.from_pretrained(Path(args.model).resolve(), dtype=torch.float32)
     documents = read(args.model, args.data, args.instruct, model.config.max_position_embeddings)
+    if not documents:
+        raise SystemExit("no document has anything to learn within the model's context")
     settings = LoraConfig(
         task_type="CAUSAL_LM", target_modules="all-linear", r=args.rank, lora_alpha=2 * args.rank
     )

@@ -188,3 +188,10 @@ def test_the_example_learns_completions_and_exports(
         chances = logits - np.log(np.exp(logits).sum(1, keepdims=True))
         scores.append(sum(chances[i - 1, tokens[i]] for i in range(len(tokens) - 4, len(tokens))))
     assert scores[1] > scores[0] + 5
+
+    (tmp_path / "pairs.jsonl").write_text(json.dumps({"prompt": "eta" * 99, "completion": " o"}))
+    arguments[3] = tmp_path / "none"
+    monkeypatch.setattr("sys.argv", list(map(str, [script, *arguments])))
+    with pytest.raises(SystemExit, match="no document has anything to learn"):
+        runpy.run_path(str(script), run_name="__main__")
+    assert not (tmp_path / "none").exists()

@@ -149,6 +149,17 @@ def test_one_checkpoint_knows_only_what_was_before_it(run: Path, tmp_path: Path)
     assert [row[0] for row in rows(text, "Scores")] == ["3"]
     assert "4 steps of 64 tokens, 256 in all" in text
     assert "of a recipe of 6 steps" in text
+    assert "did better" not in text
+
+
+def test_a_checkpoint_that_was_the_best_for_a_while(run: Path) -> None:
+    """What came after it is not on its record: whether it stayed the best, it cannot say."""
+    states = [read_run(run / f"step-0000000{step}") for step in (3, 6)]
+    scores = [state.score["bits_per_byte"] for state in states if state and state.score]
+    assert scores[0] > scores[1]
+    model = tinyllama.load(run / "step-00000003")
+    text = model_card(model, states[0], Statement(samples=0), "m", "f32")
+    assert "No checkpoint before it did better" in text
     assert "did best" not in text
 
 

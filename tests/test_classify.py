@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import runpy
 from pathlib import Path
@@ -49,8 +50,19 @@ def test_reads_csv_with_and_without_names_and_xml(tmp_path: Path, script: dict[s
     expected = [(("Um gato", "Um cão"), "None"), (("É", ""), "Entailment")]
     assert read(str(pairs), ["t", "h"], "entailment") == expected
     for path, name in ((plain, "4"), (named, "label"), (pairs, "similarity")):
-        with pytest.raises(SystemExit, match=f"{path.name}: there is no column '{name}'"):
+        with pytest.raises(SystemExit, match=f"{path.name}: example 1 has no column '{name}'"):
             read(str(path), ["t" if path is pairs else name], name)
+    for text, problem in (
+        ("", "there are no examples"),
+        ("text,kind\n", "there are no examples"),
+        ("text,kind\nhello,greeting\n\na, b,c\n", "example 2 has 3 columns, not 2"),
+    ):
+        named.write_text(text)
+        with pytest.raises(SystemExit, match=f"b.csv: {problem}"):
+            read(str(named), ["text"], "kind")
+    pairs.write_text("<a><pair k='1'><t>x</t></pair><pair k='1'/></a>")
+    with pytest.raises(SystemExit, match="example 2 has no column 't'"):
+        read(str(pairs), ["t"], "k")
 
 
 def test_the_classifier_reads_the_last_token_whatever_is_padded(
@@ -80,6 +92,16 @@ def test_an_epoch_has_every_example_in_batches_of_like_lengths(script: dict[str,
     assert batches.shape == (81, 8) and len(set(batches.ravel())) == 648
     longest = sum(8 * max(len(rows[i]) for i in batch) for batch in batches)
     assert longest < 1.15 * sum(len(rows[i]) for i in batches.ravel())
+
+
+def test_fewer_examples_than_a_batch_are_learned_all_the_same(
+    model: Path, script: dict[str, Any]
+) -> None:
+    args = argparse.Namespace(model=model, batch_size=32, epochs=12, learning_rate=3e-3)
+    rows = [[1, 40, 2], [1, 50, 2]] * 4
+    for labels in ([0, 1] * 4, [1, 0] * 4):  # what has learned nothing cannot say both
+        classifier = script["fine_tune"](args, rows, labels, 2, seed=0)
+        assert script["predict"](classifier, rows, 32) == labels
 
 
 def test_it_learns_and_stands_beside_the_baselines(

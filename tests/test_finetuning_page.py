@@ -19,7 +19,7 @@ SMALLER = {
     "data prepare": "data prepare --valid-fraction 0.2 --workers 1",
     "train --from": (
         "train --set epochs=0 --set steps=1 --set batch_size=1 --set seq_len=16 --set compile=no"
-        " --from"
+        " --set every_sample=0 --from"
     ),
     "lora.py": "lora.py --epochs 1",
     "--epochs 4": "--epochs 1 --seeds 1 --batch-size 4",

@@ -20,7 +20,7 @@ sentencepiece = pytest.importorskip("sentencepiece")
 pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
 
-from tiny_training import CONFIG, RECIPE, VOCAB, learned, same, weights, write_tokens  # noqa: E402
+from tiny_training import CONFIG, RECIPE, VOCAB, learned, same, weights  # noqa: E402
 from tinyllama.errors import ConfigError, FormatError, NonFiniteError  # noqa: E402
 from tinyllama.train import checkpoint as checkpoints  # noqa: E402
 from tinyllama.train.batches import TokenFolder, Windows  # noqa: E402
@@ -28,12 +28,7 @@ from tinyllama.train.checkpoint import find_checkpoint, load_state, load_weights
 from tinyllama.train.model import Llama, drop  # noqa: E402
 from tinyllama.train.recipe import Recipe  # noqa: E402
 from tinyllama.train.trainer import Trainer, make_optimizers  # noqa: E402
-from tinyllama.train.validate import validate  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokens(tmp_path_factory.mktemp("tokens"))
+from tinyllama.train.validate import Validation, validate  # noqa: E402
 
 
 def in_parts(recipe: Recipe, data: Path, run: Path, stops: list[int]) -> Trainer:
@@ -127,6 +122,15 @@ def test_signal_saves_and_the_same_call_goes_on(tokens: Path, tmp_path: Path) ->
     assert signal.getsignal(signal.SIGINT) is before
     resumed = Trainer(recipe, tokens, tmp_path / "run")
     assert resumed.state.step == 2
+    resumed.train()
+    assert same(weights(straight), weights(resumed))
+
+
+def test_a_run_stopped_before_its_first_step_goes_on(tokens: Path, tmp_path: Path) -> None:
+    straight = Trainer(RECIPE, tokens, tmp_path / "straight")
+    straight.train()
+    Trainer(RECIPE, tokens, tmp_path / "run").save()
+    resumed = Trainer(RECIPE, tokens, tmp_path / "run")
     resumed.train()
     assert same(weights(straight), weights(resumed))
 
@@ -252,6 +256,20 @@ def test_only_the_last_two_and_the_best_checkpoint_are_kept(tokens: Path, tmp_pa
     assert find_checkpoint(tmp_path, "BEST").name == "step-00000002"
 
 
+def test_the_best_validation_is_kept_where_no_save_is_due(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([3.0, 1.0, 2.0, 2.5])  # after steps 2, 4, 6 and 7
+    monkeypatch.setattr(
+        "tinyllama.train.trainer.validate", lambda *_: Validation(1.0, 0.1, next(scores), 9)
+    )
+    recipe = dataclasses.replace(RECIPE, steps=7, every_eval=2, every_save=3)
+    Trainer(recipe, tokens, tmp_path).train()
+    assert find_checkpoint(tmp_path, "BEST").name == "step-00000004"
+    kept = sorted(folder.name for folder in tmp_path.glob("step-*"))
+    assert kept == ["step-00000004", "step-00000006", "step-00000007"]
+
+
 @pytest.mark.parametrize("failing", ["save_hf", "trainer.json", "LATEST"])
 def test_a_save_that_fails_leaves_the_earlier_checkpoint(
     tokens: Path, tmp_path: Path, failing: str, monkeypatch: pytest.MonkeyPatch
@@ -328,6 +346,17 @@ def test_a_loss_that_is_no_number_stops_the_run(tokens: Path, tmp_path: Path) ->
     assert load_state(find_checkpoint(tmp_path)).step == 1
 
 
+def test_gradients_that_overflow_stop_the_run_before_the_weights_change(
+    tokens: Path, tmp_path: Path
+) -> None:
+    trainer = Trainer(RECIPE, tokens, tmp_path)
+    before = {name: value.copy() for name, value in weights(trainer).items()}
+    trainer.model.final_norm.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(NonFiniteError, match=r"norm of the gradients is (inf|nan) at step 1"):
+        trainer.train()
+    assert same(before, weights(trainer)) and not list(tmp_path.glob("step-*"))
+
+
 def test_a_damaged_token_folder_is_refused(tokens: Path, tmp_path: Path) -> None:
     for file in tokens.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
@@ -335,6 +364,11 @@ def test_a_damaged_token_folder_is_refused(tokens: Path, tmp_path: Path) -> None
     shard.write_bytes(shard.read_bytes()[:-2])
     with pytest.raises(FormatError, match=r"train-0\.bin"):
         TokenFolder(tmp_path).split("train")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["splits"]["valid"]["shards"][1]["file"]
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(FormatError, match=r"manifest\.json: split valid: field 'file' is missing"):
+        TokenFolder(tmp_path).split("valid")
     (tmp_path / "manifest.json").write_text('{"format": "tinyllama-tokens", "version": 1}')
     with pytest.raises(FormatError, match=r"manifest\.json.*'dtype'"):
         TokenFolder(tmp_path)

@@ -27,7 +27,7 @@ pytest.importorskip("tqdm")
 import safetensors.torch  # noqa: E402
 import tqdm  # noqa: E402
 
-from tiny_training import RECIPE, learned, same, weights, write_tokens  # noqa: E402
+from tiny_training import RECIPE, learned, same, weights  # noqa: E402
 from tinyllama.train.checkpoint import check_files, find_checkpoint, load_state  # noqa: E402
 from tinyllama.train.trainer import Trainer  # noqa: E402
 
@@ -97,11 +97,6 @@ def die_at_file_operation(n: int, run: Path) -> None:
     os.fsync = fsync
     safetensors.torch.save_file = save_half
     sys.addaudithook(hook)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module")

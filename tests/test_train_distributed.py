@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("sentencepiece")
 
-from tiny_training import RECIPE, VOCAB, as_toml, learned, same, weights, write_tokens  # noqa: E402
+from tiny_training import RECIPE, VOCAB, as_toml, learned, same, weights  # noqa: E402
 from tinyllama.config import Config  # noqa: E402
 from tinyllama.errors import ConfigError  # noqa: E402
 from tinyllama.formats.hf import load_hf  # noqa: E402
@@ -34,11 +33,6 @@ RECIPE = dataclasses.replace(
 
 
 @pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokens(tmp_path_factory.mktemp("tokens"))
-
-
-@pytest.fixture(scope="module")
 def alone(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trainer]:
     trainers = {}
     for optimizer in ("muon", "adamw"):
@@ -52,18 +46,15 @@ def torchrun(n: int, recipe: Recipe, data: Path, run: Path, **changes: object) -
     """Train as the documentation says, in ``n`` processes: what they said."""
     config = run.with_suffix(".toml")
     config.write_text(as_toml(dataclasses.replace(recipe, **changes)))
-    command = [
-        *[
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            "--nproc-per-node",
-            str(n),
-        ],
-        *["-m", "tinyllama.train", "--config", str(config), "--data", str(data), "--out", str(run)],
-    ]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=200)
+    arguments = ["--config", str(config), "--data", str(data), "--out", str(run)]
+    return in_processes(n, "-m", "tinyllama.train", *arguments)
+
+
+def in_processes(n: int, *program: str) -> str:
+    """Run it by torchrun in ``n`` processes: what they said."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(n), *program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -145,11 +136,7 @@ def script(n: int, recipe: Recipe, data: Path, run: Path, *lines: str) -> str:
     ]
     file.write_text("\n".join([*begin, *lines, "trainer.train()", "distributed.leave()"]))
     config.write_text(as_toml(recipe))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(n), str(file), str(config), str(data), str(run)]
-    done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+    return in_processes(n, str(file), str(config), str(data), str(run))
 
 
 def test_a_last_save_that_fails_on_the_first_rank_is_done_again_by_all(
@@ -198,11 +185,9 @@ def test_no_two_ranks_or_steps_drop_the_same() -> None:
 
 def test_a_share_is_read_in_passes_of_the_batch_size(tokens: Path, tmp_path: Path) -> None:
     """5 windows in passes of 2, 2 and 1 give the gradients of 5 at once."""
-    trainers = []
-    for name, sizes in (("parts", {"batch_size": 5}), ("whole", {"batch_size": 5})):
-        recipe = dataclasses.replace(RECIPE, grad_accum=1, **sizes)
-        trainers.append(Trainer(recipe, tokens, tmp_path / name))
-    trainers[0].recipe = dataclasses.replace(trainers[0].recipe, batch_size=2)
+    recipe = dataclasses.replace(RECIPE, grad_accum=1, batch_size=5)
+    trainers = [Trainer(recipe, tokens, tmp_path / name) for name in ("parts", "whole")]
+    trainers[0].recipe = dataclasses.replace(recipe, batch_size=2)
     seen = []
     loss = trainers[0].loss
     trainers[0].loss = lambda x, y: (seen.append(len(x)), loss(x, y))[1]

@@ -22,7 +22,7 @@ pytest.importorskip("tqdm")
 import torch.nn.functional as F  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 
-from tiny_training import CONFIG, RECIPE, as_toml, learned, write_tokens  # noqa: E402
+from tiny_training import CONFIG, RECIPE, as_toml, learned  # noqa: E402
 from tinyllama.cli import main  # noqa: E402
 from tinyllama.config import Config  # noqa: E402
 from tinyllama.errors import ConfigError  # noqa: E402
@@ -35,11 +35,6 @@ from tinyllama.train.trainer import Trainer  # noqa: E402
 from tinyllama.train.validate import validate  # noqa: E402
 
 RECIPE = dataclasses.replace(RECIPE, steps=12, every_eval=4, every_save=5, every_sample=6)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +63,14 @@ def test_the_records_of_a_run(run: Path) -> None:
     assert training["muon_learning_rate"] == pytest.approx(1e-2 * fraction)
     peak_share = training["tok_per_s"] * flops_per_token(CONFIG, 16) / beginning["peak_flop_per_s"]
     assert training["peak_share"] == pytest.approx(peak_share, abs=1e-4)
+
+
+def test_what_is_switched_off_is_not_done_at_the_end_either(tokens: Path, tmp_path: Path) -> None:
+    off = {"steps": 2, "every_eval": 0, "every_sample": 0, "every_save": 0}
+    checkpoint = Trainer(dataclasses.replace(RECIPE, **off), tokens, tmp_path).train()
+    assert checkpoint.name == "step-00000002"
+    fields = {field for record in read_records(tmp_path) for field in record}
+    assert "train_nats" in fields and not fields & {"valid_nats", "sample"}
 
 
 def test_the_learning_rate_recorded_is_the_optimizers(tokens: Path, tmp_path: Path) -> None:

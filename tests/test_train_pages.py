@@ -22,7 +22,7 @@ pytest.importorskip("sentencepiece")
 pytest.importorskip("tqdm")
 
 
-from tiny_training import CONFIG, RECIPE, as_toml, write_tokens  # noqa: E402
+from tiny_training import CONFIG, RECIPE, as_toml  # noqa: E402
 from tinyllama.cli import main  # noqa: E402
 from tinyllama.errors import ArgumentError, FormatError  # noqa: E402
 from tinyllama.train.compare import Comparison  # noqa: E402
@@ -31,11 +31,6 @@ from tinyllama.train.page import run_page, smoothed  # noqa: E402
 from tinyllama.train.trainer import Trainer  # noqa: E402
 
 RECIPE = dataclasses.replace(RECIPE, steps=12, every_eval=4, every_save=5, every_sample=6)
-
-
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tokens(tmp_path_factory.mktemp("tokens"))
 
 
 @pytest.fixture(scope="module")
@@ -146,9 +141,30 @@ def test_a_page_of_a_run_under_way(run: Path, tmp_path: Path, capsys: Any) -> No
     (tmp_path / "metrics.jsonl").write_text("{}}\n" + lines[0])
     assert main(["train", "report", str(tmp_path)]) == 2
     assert "metrics.jsonl: line 1 is not JSON" in capsys.readouterr().err
+    for damaged in (b"3\n", b'{"tokens": 3}\n'):
+        (tmp_path / "metrics.jsonl").write_bytes(lines[0].encode() + damaged)
+        with pytest.raises(FormatError, match=r"metrics\.jsonl: line 2 is no record"):
+            run_page(tmp_path)
+    (tmp_path / "metrics.jsonl").write_bytes(b"\xff\n" + lines[0].encode())
+    with pytest.raises(FormatError, match=r"metrics\.jsonl: line 1 is not JSON"):
+        run_page(tmp_path)
     (tmp_path / "metrics.jsonl").write_text(lines[-1])
     with pytest.raises(FormatError, match="no record has 'recipe'"):
         run_page(tmp_path)
+
+
+def test_a_loss_whose_perplexity_no_float_holds(tmp_path: Path) -> None:
+    """A run that diverges goes on, and its page is written."""
+    write_run(tmp_path / "run", [(100, 10.0, 500.0), (200, 20.0, 1.5)])  # 1,000 and 3 nats
+    records = read_records(tmp_path / "run")
+    more = {"n_documents": 1, "n_tokens": 9, "device": "cpu"}
+    records[0] |= more
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    run_page(tmp_path / "run").write(tmp_path / "page.html")
+    assert [row[5] for row in table_rows(tmp_path / "page.html") if len(row) == 7] == [
+        "inf",
+        f"{math.exp(3.0):.3f}",
+    ]
 
 
 def test_smoothing_is_an_average_that_forgets() -> None:

@@ -143,6 +143,11 @@ def test_settings_change_values_of_a_file(tmp_path: Path) -> None:
         ("optimizer=adam", "optimizer is 'adam'; known: adamw, muon"),
         ("seq_len=9", r"seq_len \(9\) is larger than model.max_seq_len"),
         ("model.n_heads=3", "not divisible by n_heads"),
+        ("model.rope_theta=high", "rope_theta is 'high'; it must be a number"),
+        ("model.tie_embeddings=no", "tie_embeddings is 'no'; it must be true or false"),
+        ("model.rope_scaling.kind='linear'", "model.rope_scaling.factor is missing"),
+        ("model.rope_scaling={kind='linear',factor='2'}", "rope_scaling.factor is '2'; it must be"),
+        ("model.rope_scaling={kind='linear',factor=0}", "rope_scaling.factor is 0; it must be at"),
     ],
 )
 def test_wrong_settings_are_named(tmp_path: Path, setting: str, message: str) -> None:
@@ -161,6 +166,9 @@ def test_fast_values_count_where_they_are_asked_for(tmp_path: Path) -> None:
     assert load_recipe(path, ["steps=9"], fast=True).steps == 9
     path.write_text(SMALL)
     with pytest.raises(ConfigError, match=r"small\.toml has no \[fast\] section"):
+        load_recipe(path, fast=True)
+    path.write_text("fast = 3\n" + SMALL)
+    with pytest.raises(ConfigError, match=r"small\.toml: fast is 3, not a section"):
         load_recipe(path, fast=True)
 
 
@@ -181,4 +189,7 @@ def test_missing_parts_and_unknown_presets_are_named(tmp_path: Path) -> None:
         recipe_from_dict({"model": {"n_layers": 1}})
     (tmp_path / "bad.toml").write_text("steps = = 3")
     with pytest.raises(ConfigError, match=r"bad\.toml is not TOML"):
+        load_recipe(tmp_path / "bad.toml")
+    (tmp_path / "bad.toml").write_bytes("título = 1".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"bad\.toml is not TOML: 'utf-8' codec"):
         load_recipe(tmp_path / "bad.toml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
@@ -29,6 +30,8 @@ class RopeScaling:
     def __post_init__(self) -> None:
         if self.kind not in ("linear", "llama3"):
             raise ConfigError(f"rope_scaling.kind is {self.kind!r}; known: 'linear', 'llama3'")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "original_max_seq_len"):
+            _check_number(f"rope_scaling.{name}", getattr(self, name))
         if not (math.isfinite(self.factor) and self.factor >= 1.0):
             raise ConfigError(f"rope_scaling.factor is {self.factor}; it must be at least 1")
         if self.kind == "llama3":
@@ -91,8 +94,13 @@ class Config:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embedding needs an even one")
         for name in ("rope_theta", "norm_eps"):
             value = getattr(self, name)
+            _check_number(name, value)
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"{name} is {value}; it must be positive and finite")
+        if not isinstance(self.tie_embeddings, bool):
+            raise ConfigError(
+                f"tie_embeddings is {self.tie_embeddings!r}; it must be true or false"
+            )
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Name -> shape of every tensor of a checkpoint, matrices as (out, in), in forward order.
@@ -155,6 +163,11 @@ def rope_tables(config: Config, n_positions: int) -> tuple[np.ndarray, np.ndarra
     frequency = config.rope_theta ** (-np.arange(n_pairs) / n_pairs) / rope_factors(config)
     angle = np.arange(n_positions)[:, None] * frequency[None, :]
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def _check_number(name: str, value: object) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}; it must be a number")
 
 
 def _check_int(name: str, value: object, least: int) -> None:

@@ -132,7 +132,7 @@ def _register_compare(verbs: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def train(args: argparse.Namespace) -> int:
     """Train, or go on with a run that was stopped."""
-    from ..train.recipe import load_preset, load_recipe
+    from ..train.recipe import load_preset, load_recipe, recipe_from_dict
 
     # Not left to argparse, which would ask the verbs for them as well.
     if not (args.preset or args.size or args.config or args.start or args.resume):
@@ -152,23 +152,20 @@ def train(args: argparse.Namespace) -> int:
         recipe = load_recipe(args.config, settings, args.fast)
     elif args.start:
         from ..train.checkpoint import read_start
-        from ..train.recipe import recipe_from_dict
         from ..train.sizing import tuned_recipe
 
-        recipe = tuned_recipe(read_start(args.start).config, args.start)
-        recipe = recipe_from_dict(recipe.to_dict(), f"--from {args.start}", settings)
+        values = tuned_recipe(read_start(args.start).config, args.start).to_dict()
+        recipe = recipe_from_dict(values, f"--from {args.start}", settings)
     elif args.size:
         from ..train.batches import TokenFolder
-        from ..train.recipe import recipe_from_dict
         from ..train.sizing import parse_size, sized_recipe
 
         folder = TokenFolder(args.data)
         n_tokens = folder.split("train").n_tokens
-        recipe = sized_recipe(parse_size(args.size), folder.vocab_size, n_tokens)
-        recipe = recipe_from_dict(recipe.to_dict(), f"--size {args.size}", settings)
+        values = sized_recipe(parse_size(args.size), folder.vocab_size, n_tokens).to_dict()
+        recipe = recipe_from_dict(values, f"--size {args.size}", settings)
     else:
         from ..train.checkpoint import find_checkpoint, load_state
-        from ..train.recipe import recipe_from_dict
 
         previous = find_checkpoint(args.out)
         source = str(previous / "trainer.json")

@@ -57,7 +57,12 @@ class TokenFolder:
         """The documents of ``name`` ("train" or "valid")."""
         if name not in self.splits:
             raise FormatError(f"{self.path / 'manifest.json'}: there is no split {name!r}")
-        return Split(self, name)
+        try:
+            return Split(self, name)
+        except KeyError as error:
+            raise FormatError(
+                f"{self.path / 'manifest.json'}: split {name}: field {error} is missing"
+            ) from None
 
 
 class Split:

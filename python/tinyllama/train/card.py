@@ -10,7 +10,6 @@ The form of the front matter: huggingface/hub-docs, modelcard.md.
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtraError
 from ..model import Model
+from .metrics import perplexity
 from .recipe import FREE_SETTINGS
 from .record import Run, Statement
 
@@ -96,7 +96,7 @@ def _eval_results(run: Run | None) -> list[EvalResult]:
     if score is None:
         return []
     values = [
-        ("perplexity", "perplexity per token", round(math.exp(score["valid_nats"]), 4)),
+        ("perplexity", "perplexity per token", round(perplexity(score["valid_nats"]), 4)),
         ("bits_per_byte", "bits per byte", round(score["bits_per_byte"], 4)),
     ]
     return [
@@ -227,7 +227,7 @@ def _scores(run: Run | None) -> str:
         (
             f"{score['step']:,}",
             f"{score['step'] * run.tokens_per_step:,}",
-            f"{math.exp(score['valid_nats']):.3f}",
+            f"{perplexity(score['valid_nats']):.3f}",
             f"{score['bits_per_byte']:.4f}",
             *(f"{score[key]:.3g}" if key in score else "" for key in columns),
         )
@@ -292,7 +292,8 @@ def _limits(model: Model, run: Run | None, statement: Statement) -> str:
         )
     if run and score and run.state.get("best_bits_per_byte") == score["bits_per_byte"]:
         known.append(
-            "It is the checkpoint that did best on that text, so its score is a little optimistic."
+            "No checkpoint before it did better on that text: if it was picked for that, its score"
+            " is a little optimistic."
         )
     return "\n\n".join(filter(None, ["## Limits", statement.limits.strip(), " ".join(known)]))
 

@@ -56,6 +56,11 @@ class TrainerState:
     seconds: float = 0.0
     data: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    @property
+    def is_best(self) -> bool:
+        """Whether this step has been validated, and none before it scored better."""
+        return self.bits_per_byte is not None and self.bits_per_byte == self.best_bits_per_byte
+
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
@@ -154,7 +159,7 @@ def write_checkpoint(run: Path, snapshot: Snapshot, n_kept: int) -> Path:
                 raise OSError(f"{folder / 'trainer.safetensors'}: {error}") from None
             (part / "trainer.json").write_bytes(_manifest(part, state))
     _point(run / "LATEST", folder.name)
-    if state.bits_per_byte is not None and state.bits_per_byte == state.best_bits_per_byte:
+    if state.is_best:
         _point(run / "BEST", folder.name)
     _drop_old(run, n_kept)
     return folder

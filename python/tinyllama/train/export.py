@@ -117,9 +117,10 @@ def export(
     error, nothing is left and what stood at ``out`` stays. The bounds: in f32, logits within 1e-3
     of the largest; in q4_0, perplexity within 10 % and a mean divergence of 0.1 nats per token;
     else 2 % and 0.02.
-    Raises ArgumentError for unknown formats, dtypes and checkpoints, a name that does not fit the
-    format, or too little text, OSError for a place that cannot be written, both before any work,
-    and what readers and writers of the formats and of the card raise.
+    Raises, before anything is read, ArgumentError for an unknown format, checkpoints that are not
+    there and a name that does not fit the format, and OSError for a place that cannot be written;
+    then ArgumentError for a dtype that the format does not take and for too little text, and what
+    readers and writers of the formats and of the card raise.
     """
     if to not in FORMATS:
         raise ArgumentError(f"to is {to!r}; known: {', '.join(FORMATS)}")

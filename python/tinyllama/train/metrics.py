@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 Records = list[dict[str, Any]]
+MAX_EXPONENT = math.log(sys.float_info.max)
 
 
 class Metrics:
@@ -87,15 +90,24 @@ def read_records(run: Path) -> Records:
     Raises OSError when they cannot be read, FormatError, naming the line, when they are damaged.
     """
     path = run / "metrics.jsonl"
-    records = []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    records: Records = []
+    lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):  # only the last can be half-written
-                raise FormatError(f"{path}: line {number} is not JSON") from None
+            record = json.loads(line)
+        except ValueError:
+            if number == len(lines):  # only the last can be half-written
+                break
+            raise FormatError(f"{path}: line {number} is not JSON") from None
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            raise FormatError(f"{path}: line {number} is no record: it has no step")
+        records.append(record)
     return records
+
+
+def perplexity(nats: float) -> float:
+    """e to the mean loss of a token; infinite where that is more than a float holds."""
+    return math.exp(nats) if nats < MAX_EXPONENT else math.inf
 
 
 def series(records: Iterable[dict[str, Any]], *fields: str) -> list[np.ndarray]:

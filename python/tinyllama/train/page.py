@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +9,7 @@ import numpy as np
 
 from ..errors import FormatError
 from ..report import Page, new_figure
-from .metrics import Records, read_records, series
+from .metrics import Records, perplexity, read_records, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -131,7 +130,7 @@ def _validation_rows(records: Records) -> list[list[object]]:
     error = last["standard_error"]
     rows: list[list[object]] = [
         ["validation loss", f"{last['valid_nats']:.4f}{plus_minus(error)} nats per token"],
-        ["perplexity", f"{math.exp(last['valid_nats']):.3f}"],
+        ["perplexity", f"{perplexity(last['valid_nats']):.3f}"],
         ["bits per byte", f"{last['bits_per_byte']:.4f}{plus_minus(bits_error(last))}"],
     ]
     if best is not last:
@@ -207,7 +206,7 @@ def _add_validations(page: Page, records: Records) -> None:
             duration(record["seconds"]),
             f"{record['valid_nats']:.4f}",
             plus_minus(record["standard_error"]).removeprefix(" ± "),
-            f"{math.exp(record['valid_nats']):.3f}",
+            f"{perplexity(record['valid_nats']):.3f}",
             f"{record['bits_per_byte']:.4f}",
         ]
         if used:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 import math
+import os
 import sys
 from collections.abc import Iterable, Mapping
 from importlib import resources
@@ -40,18 +41,18 @@ class Recipe:
     The learning rate rises linearly for ``warmup_steps``, then falls by ``schedule`` to
     ``final_lr_fraction`` of its peak at ``steps``. ``optimizer="muon"`` trains the matrices of the
     layers by Muon at ``muon_learning_rate`` and everything else by AdamW at ``learning_rate``.
-    ``every_*`` count steps; 0 switches the thing off. The last ``keep_checkpoints`` and the best
-    stay; 0: all of them. ``init_from`` names a run, or a model that ``load`` reads ("bundled": the
-    one that ships), whose weights are the starting point. With ``epochs``, ``steps`` follows from
-    the data, which are seen so many times. ``weights`` mixes the data: how often an epoch has the
-    documents of a source, by its name; 1 unless given, 0.5 is half of them, 2.5 all of them twice
-    and half once more (``batches.mixture``). With ``document_mask`` attention ends where a document
-    begins, though a window holds several. ``dtype``, ``compile`` and ``device`` "auto" mean:
-    bf16 where the processor multiplies it natively, compiled where a compiler is found, cuda before
-    mps before cpu. ``prompts`` are continued every ``every_sample`` steps, each with the same
-    random numbers every time. ``tensorboard`` writes event files beside the metrics; ``energy``, a
-    country's three letters or "world", has energy and CO2 equivalent estimated
-    (``energy.EnergyMeter``).
+    ``every_*`` count steps; 0 switches the thing off. With ``every_save``, what scores best so far
+    is saved too. The last ``keep_checkpoints`` and the best stay; 0: all of them. ``init_from``
+    names a run, or a model that ``load`` reads ("bundled": the one that ships), whose weights are
+    the starting point. With ``epochs``, ``steps`` follows from the data, which are seen so many
+    times. ``weights`` mixes the data: how often an epoch has the documents of a source, by its
+    name; 1 unless given, 0.5 is half of them, 2.5 all of them twice and half once more
+    (``batches.mixture``). With ``document_mask`` attention ends where a document begins, though a
+    window holds several. ``dtype``, ``compile`` and ``device`` "auto" mean: bf16 where the
+    processor multiplies it natively, compiled where a compiler is found, cuda before mps before
+    cpu. ``prompts`` are continued every ``every_sample`` steps, each with the same random numbers
+    every time. ``tensorboard`` writes event files beside the metrics; ``energy``, a country's three
+    letters or "world", has energy and CO2 equivalent estimated (``energy.EnergyMeter``).
 
     Processes that torchrun starts share each step's ``batch_size`` × ``grad_accum`` windows, at
     most ``batch_size`` at once; ``parallel`` says whether each holds the whole model ("ddp") or a
@@ -111,18 +112,13 @@ class Recipe:
             "beta1": 0.99999, "beta2": 0.99999, "dropout": 0.99,
         }  # fmt: skip
         for name, high in ranges.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ConfigError(f"{name} is {value!r}; it must be a number")
-            if not 0.0 <= value <= high or (name == "grad_clip" and value == 0):
-                raise ConfigError(f"{name} is {value}; it must be in [0, {high}]")
+            _check_number(name, getattr(self, name), high)
+        if self.grad_clip == 0:
+            raise ConfigError("grad_clip is 0; it must be larger: nothing would be learned")
         if not isinstance(self.weights, dict):
             raise ConfigError(f"weights is {self.weights!r}; it must be a section of numbers")
         for name, value in self.weights.items():
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise ConfigError(f"weights.{name} is {value!r}; it must be a number")
-            if not 0.0 <= value <= MAX_WEIGHT:
-                raise ConfigError(f"weights.{name} is {value}; it must be in [0, {MAX_WEIGHT}]")
+            _check_number(f"weights.{name}", value, MAX_WEIGHT)
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; known: {', '.join(known)}")
@@ -171,6 +167,13 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
+def _check_number(name: str, value: object, high: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigError(f"{name} is {value!r}; it must be a number")
+    if not 0.0 <= value <= high:
+        raise ConfigError(f"{name} is {value}; it must be in [0, {high}]")
+
+
 CHOICES = {
     "optimizer": ("adamw", "muon"),
     "schedule": ("cosine", "linear", "constant"),
@@ -194,25 +197,25 @@ def recipe_from_dict(
     """
     values = dict(values)
     faster = values.pop("fast", {})
+    if not isinstance(faster, Mapping):
+        raise ConfigError(f"{source}: fast is {faster!r}, not a section")
     if fast and not faster:
         raise ConfigError(f"{source} has no [fast] section")
-    values = _with_settings(values | faster if fast else values, settings)
+    values = _with_settings({**values, **faster} if fast else values, settings)
     model = values.pop("model", None)
     if not isinstance(model, Mapping):
         raise ConfigError(f"{source}: the section [model] is missing")
     model = dict(model)
     scaling = model.pop("rope_scaling", None)
     check_keys(values, Recipe, "", source)
-    check_keys(model, Config, "model.", source)
-    for field in dataclasses.fields(Config):
-        if field.default is dataclasses.MISSING and field.name not in model:
-            raise ConfigError(f"{source}: model.{field.name} is missing")
+    _check_section(model, Config, "model.", source)
     if scaling is not None:
         if not isinstance(scaling, Mapping):
             raise ConfigError(f"{source}: model.rope_scaling is {scaling!r}, not a section")
-        check_keys(scaling, RopeScaling, "model.rope_scaling.", source)
-        model["rope_scaling"] = RopeScaling(**scaling)
+        _check_section(scaling, RopeScaling, "model.rope_scaling.", source)
     try:
+        if scaling is not None:
+            model["rope_scaling"] = RopeScaling(**scaling)
         return Recipe(model=Config(**model), **values)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
@@ -223,9 +226,7 @@ def load_recipe(path: str | Path, settings: Iterable[str] = (), fast: bool = Fal
 
     Raises OSError when the file cannot be read, ConfigError when it is not a recipe.
     """
-    path = Path(path)
-    values = read_toml(path.read_text(encoding="utf-8"), str(path))
-    return recipe_from_dict(values, str(path), settings, fast)
+    return recipe_from_dict(read_toml_file(path), str(path), settings, fast)
 
 
 def load_preset(name: str, settings: Iterable[str] = (), fast: bool = False) -> Recipe:
@@ -269,6 +270,14 @@ def _read_value(text: str) -> Any:
         return text
 
 
+def read_toml_file(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a TOML file holds. Raises OSError, and ConfigError when it is not TOML."""
+    try:
+        return read_toml(Path(path).read_text(encoding="utf-8"), str(path))
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not TOML: {error}") from None
+
+
 def read_toml(text: str, source: str) -> dict[str, Any]:
     if sys.version_info >= (3, 11):
         import tomllib
@@ -289,6 +298,13 @@ def check_keys(values: Mapping[str, Any], kind: type, prefix: str, source: str) 
         if key not in known:
             hint = _nearest(key, known, prefix)
             raise ConfigError(f"{source}: unknown key {prefix + key!r}{hint}")
+
+
+def _check_section(values: Mapping[str, Any], kind: type, prefix: str, source: str) -> None:
+    check_keys(values, kind, prefix, source)
+    for field in dataclasses.fields(kind):
+        if field.default is dataclasses.MISSING and field.name not in values:
+            raise ConfigError(f"{source}: {prefix}{field.name} is missing")
 
 
 def _nearest(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import ConfigError, FormatError
 from ..formats.hf_tokenizer import read_json
 from .metrics import read_records
-from .recipe import check_keys, read_toml
+from .recipe import check_keys, read_toml_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +68,7 @@ def read_statement(path: str | os.PathLike[str]) -> Statement:
     Raises OSError when it cannot be read, ConfigError when it is no TOML, has an unknown field, or
     one of the wrong kind.
     """
-    values = read_toml(Path(path).read_text(encoding="utf-8"), str(path))
+    values = read_toml_file(path)
     check_keys(values, Statement, "", str(path))
     try:
         return Statement(**values)

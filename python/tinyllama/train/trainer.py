@@ -118,7 +118,7 @@ class Trainer:
             start_from(recipe.init_from, self.model, self.vocabulary)
         self.network = self.ranks.spread(self.model.to(device), recipe.parallel)
         self.optimizers = make_optimizers(self.model, recipe)
-        if previous is not None:
+        if previous is not None and self.state.step:  # before the first step they hold nothing
             load_optimizers(previous, self.model, self.optimizers)
         self.autocast = choose_autocast(recipe.dtype, device)
         self.loss = maybe_compiled(recipe.compile, device, self._loss)
@@ -140,8 +140,8 @@ class Trainer:
 
         A signal ends the run after the current step, with a checkpoint. Checkpoints are written
         beside the training; one that cannot be written is told of, and the run goes on. Raises
-        NonFiniteError, naming the step, when the loss is no number (nothing is saved then), and
-        OSError when the last checkpoint cannot be written; earlier ones stay.
+        NonFiniteError, naming the step, when the loss or a gradient is no number (nothing is saved
+        then), and OSError when the last checkpoint cannot be written; earlier ones stay.
         """
         recipe = self.recipe
         peak = self.ranks.sum(measure_peak(self.ranks.device, self.autocast))[0]
@@ -167,7 +167,8 @@ class Trainer:
                     self._say(self.evaluate())
                     if time.monotonic() - self._page_at > PAGE_S:
                         self._write_page()
-                if _due(step, recipe.every_save, False):
+                best = recipe.every_save > 0 and self.state.is_best
+                if best or _due(step, recipe.every_save, False):
                     self._finish_saving()
                     self._start_saving()
         if self._saved_step != self.state.step or not self._finish_saving():
@@ -201,13 +202,14 @@ class Trainer:
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
         total = self.ranks.sum(total)[0] / self.ranks.count
-        if not math.isfinite(total):
-            raise NonFiniteError(
-                f"the loss is {total} at step {step + 1}: lower the learning rate"
-                f" (checkpoints in {self.run} are from before)"
-            )
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
         self.grad_norm = float(whole(norm))
+        for what, value in (("loss", total), ("norm of the gradients", self.grad_norm)):
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"the {what} is {value} at step {step + 1}: lower the learning rate"
+                    f" (checkpoints in {self.run} are from before)"
+                )
         for kind, optimizer in self.optimizers.items():
             rate = getattr(recipe, LEARNING_RATES[kind]) * recipe.lr_fraction(step)
             self.rates[LEARNING_RATES[kind]] = rate
@@ -390,4 +392,4 @@ def make_optimizers(model: Llama, recipe: Recipe) -> dict[str, Optimizer]:
 
 
 def _due(step: int, every: int, last: bool) -> bool:
-    return last or (every > 0 and step % every == 0)
+    return every > 0 and (last or step % every == 0)
