@@ -164,6 +164,9 @@ def test_fast_values_count_where_they_are_asked_for(tmp_path: Path) -> None:
     assert load_recipe(path).steps != 7 and not load_recipe(path).document_mask
     assert load_recipe(path, fast=True).steps == 7 and load_recipe(path, fast=True).document_mask
     assert load_recipe(path, ["steps=9"], fast=True).steps == 9
+    path.write_text(SMALL + "[fast.model]\ndim = 32\n")
+    with pytest.raises(ConfigError, match=r"small\.toml: fast\.model"):
+        load_recipe(path)
     path.write_text(SMALL)
     with pytest.raises(ConfigError, match=r"small\.toml has no \[fast\] section"):
         load_recipe(path, fast=True)

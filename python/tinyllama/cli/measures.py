@@ -52,7 +52,7 @@ def text_documents(args: argparse.Namespace) -> Documents | Texts:
     if not (Path(args.text) / "manifest.json").exists():
         return Documents(args.text, field=args.field)
     folder = TokenFolder(args.text)
-    return Texts(folder.split("valid"), open_processor(folder.tokenizer.read_bytes()))
+    return Texts(folder, open_processor(folder.tokenizer.read_bytes()))
 
 
 def story_sampling(args: argparse.Namespace) -> SamplingParams:

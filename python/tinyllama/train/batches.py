@@ -134,14 +134,14 @@ class Split:
 
 
 class Texts:
-    """The documents of a split as text: an iterable of (where, text), as ``data.Documents`` is.
+    """What a folder holds out, as text: an iterable of (where, text), as ``data.Documents`` is.
 
     ``size`` and ``position`` count bytes, for progress bars.
     """
 
-    def __init__(self, split: Split, tokenizer: SentencePieceProcessor) -> None:
-        self.split, self.tokenizer = split, tokenizer
-        self.size, self.position = split.n_bytes, 0
+    def __init__(self, folder: TokenFolder, tokenizer: SentencePieceProcessor) -> None:
+        self.split, self.tokenizer = folder.split("valid"), tokenizer
+        self.size, self.position = int(folder.counts["valid"]["bytes"]), 0
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         for i in range(len(self.split)):

@@ -199,6 +199,8 @@ def recipe_from_dict(
     faster = values.pop("fast", {})
     if not isinstance(faster, Mapping):
         raise ConfigError(f"{source}: fast is {faster!r}, not a section")
+    if "model" in faster:
+        raise ConfigError(f"{source}: fast.model: the faster way is one to the same model")
     if fast and not faster:
         raise ConfigError(f"{source} has no [fast] section")
     values = _with_settings({**values, **faster} if fast else values, settings)
