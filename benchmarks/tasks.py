@@ -1,11 +1,13 @@
 """A task of lm-evaluation-harness on the native engine, beside the harness's own ``hf`` model.
 
     python benchmarks/tasks.py HF_DIR blimp/*.jsonl [--rounds 5] [--threads 2]
+    python benchmarks/tasks.py HF_DIR --questions 200
 
 HF_DIR is a Hugging Face folder (`tinyllama export --to hf`); the files are BLiMP's, each a line of
-JSON with sentence_good and sentence_bad. Both score the same sentences in alternating rounds, in
-float32, on the same threads; ``hf`` in batches of 8 and 32, of which the fastest counts. Printed
-as JSON: accuracies, the largest difference of any log-likelihood, seconds, and their ratio.
+JSON with sentence_good and sentence_bad. Questions are made up, each with four choices, behind the
+same five examples. Both score the same texts in alternating rounds, in float32, on the same
+threads; ``hf`` in batches of 8 and 32, of which the fastest counts. Printed as JSON: accuracies,
+the largest difference of any log-likelihood, seconds, those of the model's own call, and ratios.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import lm_eval
@@ -39,20 +42,66 @@ doc_to_choice: "{{{{[sentence_good, sentence_bad]}}}}"
 num_fewshot: 0
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
+QUESTIONS = """\
+task: questions
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: {file}, validation: {file}}}}}
+output_type: multiple_choice
+validation_split: validation
+fewshot_split: train
+fewshot_config: {{sampler: first_n}}
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+num_fewshot: 5
+metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
+"""
 HF_BATCHES = (8, 32)
 
 
-def run(model: Any, names: list[str], folder: str) -> tuple[float, dict[str, float], list[float]]:
-    """(seconds, accuracy by task, log-likelihoods of all sentences in order)."""
+def made_up(n: int) -> str:
+    """n questions, each a line of JSON."""
+    random, lines = Random(0), []
+    for _ in range(n):
+        name = random.choice(["Tom", "Lily", "Ben", "Anna", "Sam", "Mia"])
+        animal = random.choice(["dog", "cat", "bird", "frog", "horse", "mouse"])
+        place = random.choice(["park", "garden", "house", "forest", "kitchen", "school"])
+        colours = random.sample(["red", "blue", "green", "black"], 4)
+        question = (
+            f"{name} saw a {colours[0]} {animal} in the {place}. Which {animal} did {name} see?"
+        )
+        choices = [f"The {colour} {animal}." for colour in sorted(colours)]
+        answer = choices.index(f"The {colours[0]} {animal}.")
+        lines.append(json.dumps({"question": question, "choices": choices, "answer": answer}))
+    return "\n".join(lines) + "\n"
+
+
+def run(
+    model: Any, names: list[str], folder: str
+) -> tuple[float, float, dict[str, float], list[float]]:
+    """(seconds, those of the model, accuracy by task, log-likelihoods of all texts in order)."""
+    own = 0.0
+    score = model._loglikelihood_tokens
+
+    def timed(*args: Any, **options: Any) -> Any:
+        nonlocal own
+        begin = time.perf_counter()
+        result = score(*args, **options)
+        own += time.perf_counter() - begin
+        return result
+
+    model._loglikelihood_tokens = timed
     manager = TaskManager(include_path=folder, include_defaults=False)
     start = time.perf_counter()
     found = lm_eval.simple_evaluate(
         model, tasks=names, task_manager=manager, log_samples=True, bootstrap_iters=0
     )
     seconds = time.perf_counter() - start
+    model._loglikelihood_tokens = score
     samples = [sample for name in names for sample in found["samples"][name]]
     return (
         seconds,
+        own,
         {name: found["results"][name]["acc,none"] for name in names},
         [answer[0][0] for sample in samples for answer in sample["resps"]],
     )
@@ -63,7 +112,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model", metavar="HF_DIR")
-    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("files", nargs="*", metavar="FILE")
+    parser.add_argument("--questions", type=int, default=0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -79,22 +129,31 @@ def main() -> None:
         for name, file in zip(names, args.files, strict=True):
             text = TASK.format(name=name, file=Path(file).resolve())
             Path(folder, f"{name}.yaml").write_text(text)
+        if args.questions:
+            names.append("questions")
+            Path(folder, "questions.jsonl").write_text(made_up(args.questions))
+            text = QUESTIONS.format(file=Path(folder, "questions.jsonl"))
+            Path(folder, "questions.yaml").write_text(text)
         results: dict[Any, list[Any]] = {"tinyllama": []} | {size: [] for size in HF_BATCHES}
         for _ in range(args.rounds):
             results["tinyllama"].append(run(ours, names, folder))
             for size in HF_BATCHES:
                 results[size].append(run(theirs[size], names, folder))
     seconds = {k: statistics.median(r[0] for r in rounds) for k, rounds in results.items()}
+    own = {k: statistics.median(r[1] for r in rounds) for k, rounds in results.items()}
     best = min(HF_BATCHES, key=seconds.__getitem__)
-    (_, accuracy, mine), (_, other_accuracy, other) = results["tinyllama"][0], results[best][0]
+    (*_, accuracy, mine), (*_, other_accuracy, other) = results["tinyllama"][0], results[best][0]
     report = {
         "accuracy": accuracy,
         "accuracy_hf": other_accuracy,
         "largest_difference": max(abs(a - b) for a, b in zip(mine, other, strict=True)),
-        "sentences": len(mine),
+        "texts": len(mine),
         "seconds": round(seconds["tinyllama"], 2),
         "seconds_hf": {size: round(seconds[size], 2) for size in HF_BATCHES},
         "ratio": round(seconds[best] / seconds["tinyllama"], 2),
+        "own_seconds": round(own["tinyllama"], 2),
+        "own_seconds_hf": {size: round(own[size], 2) for size in HF_BATCHES},
+        "own_ratio": round(own[best] / own["tinyllama"], 2),
     }
     print(json.dumps(report, indent=1))
 

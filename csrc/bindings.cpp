@@ -265,13 +265,22 @@ void bind_session(py::module_& m) {
     m.def(
         "score_texts",
         [](const std::shared_ptr<Model>& model, const std::vector<Tokens>& texts,
-           const Tokens& n_given) {
+           const Tokens& n_given, const py::function& progress) {
+            SignalCheck check;
+            std::size_t n_told = 0;
+            const auto tell = [&](std::size_t n_done) {
+                check();
+                if (n_done == n_told) return;
+                const py::gil_scoped_acquire gil;
+                progress(n_done - n_told);
+                n_told = n_done;
+            };
             std::vector<std::pair<double, bool>> result;
-            for (const Likelihood& one : score_texts(model, texts, n_given, SignalCheck()))
+            for (const Likelihood& one : score_texts(model, texts, n_given, tell))
                 result.emplace_back(one.logprob, one.greedy);
             return result;
         },
-        py::arg("model"), py::arg("texts"), py::arg("n_given"),
+        py::arg("model"), py::arg("texts"), py::arg("n_given"), py::arg("progress"),
         py::call_guard<py::gil_scoped_release>());
     m.def("trace", &trace_session, py::arg("session"), py::arg("tokens"), py::arg("tap"));
 }

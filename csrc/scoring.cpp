@@ -3,74 +3,169 @@
 #include <algorithm>
 #include <cstddef>
 #include <limits>
+#include <memory>
 #include <string>
+#include <utility>
 
 namespace tinyllama {
 
 namespace {
 
-// How likely each token is by its row of logits (tokens.size(), vocab_size).
-std::vector<Likelihood> by_rows(const Model& model, const std::vector<float>& logits,
-                                const std::vector<std::int32_t>& tokens) {
+// A token that may follow what was read up to a row.
+struct Target {
+    std::size_t row;
+    std::int32_t token;
+};
+
+// How likely targets are by rows of logits (rows, vocab_size); those of a row stand together.
+std::vector<Likelihood> by_rows(const Model& model, const float* logits,
+                                const std::vector<Target>& targets) {
     const auto n_logits = static_cast<std::size_t>(model.config().vocab_size);
-    std::vector<Likelihood> found(tokens.size());
+    std::vector<Likelihood> found(targets.size());
     Threads& threads = model.threads();
-    const auto n = static_cast<std::int64_t>(tokens.size());
+    const auto n = static_cast<std::int64_t>(targets.size());
     threads.parallel_for(threads.size(), n, [&](std::int64_t begin, std::int64_t end) {
         Logits one;
         one.resize(n_logits);
-        for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i) {
-            const float* row = logits.data() + i * n_logits;
-            std::copy(row, row + n_logits, one.values.begin());
+        std::vector<std::int32_t> tokens;
+        for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end);) {
+            const std::size_t row = targets[i].row;
+            tokens.clear();
+            for (auto k = i; k < static_cast<std::size_t>(end) && targets[k].row == row; ++k)
+                tokens.push_back(targets[k].token);
+            std::copy_n(logits + row * n_logits, n_logits, one.values.begin());
             one.find_maxima();
-            found[i] = {log_probability(model.kernels(), one, tokens[i]),
-                        one.values[static_cast<std::size_t>(tokens[i])] == one.largest()};
+            const float largest = one.largest();
+            for (const double logprob : log_probabilities(model.kernels(), one, tokens)) {
+                const auto token = static_cast<std::size_t>(targets[i].token);
+                found[i++] = {logprob, one.values[token] == largest};
+            }
         }
     });
     return found;
 }
 
-// Tokens [begin, end) of a text, read at once.
-struct Excerpt {
-    std::size_t text, begin, end;
+// Many texts as a radix tree: what several begin with is read once. Each pass takes the branches
+// found last, as many as fill it, so that few caches wait for their children; the last child goes
+// on in its parent's.
+class TextTree {
+public:
+    TextTree(const Model& model, const std::vector<std::vector<std::int32_t>>& texts,
+             const std::vector<std::int32_t>& n_given)
+        : model_(model), texts_(texts), n_given_(n_given), likelihoods_(texts.size()) {
+        const auto n_logits = static_cast<std::size_t>(model.config().vocab_size);
+        logits_.reset(new float[max_rows * n_logits]);  // what nobody writes costs nothing
+        for (std::size_t i = 0; i < texts.size(); ++i) {
+            if (static_cast<std::size_t>(n_given[i]) < texts[i].size()) order_.push_back(i);
+        }
+        std::sort(order_.begin(), order_.end(),
+                  [&](std::size_t a, std::size_t b) { return texts[a] < texts[b]; });
+        n_done_ = texts.size() - order_.size();
+        add_children({0, order_.size(), 0, std::make_shared<KvCache>(model.kv_pool())});
+    }
+
+    bool is_read() const { return branches_.empty(); }
+    std::size_t n_done() const { return n_done_; }  // texts
+    const std::vector<Likelihood>& likelihoods() const { return likelihoods_; }
+
+    void read_some();
+
+private:
+    // Texts [begin, end) of those in order. All have the n_read tokens that the cache holds, and
+    // the next one, in common.
+    struct Branch {
+        std::size_t begin, end;
+        std::size_t n_read;
+        std::shared_ptr<KvCache> cache;
+    };
+
+    const std::vector<std::int32_t>& text(std::size_t i) const { return texts_[order_[i]]; }
+    void add_rows(Branch* branch);
+    void add_targets(const Branch& branch, std::size_t pos);
+    void add_children(const Branch& branch);
+
+    const Model& model_;
+    const std::vector<std::vector<std::int32_t>>& texts_;
+    const std::vector<std::int32_t>& n_given_;
+    std::vector<Likelihood> likelihoods_;
+    std::size_t n_done_;
+    std::vector<std::size_t> order_;  // of the texts, without those of which nothing is asked
+    std::vector<Branch> branches_;    // to be read
+
+    // Of the pass that is being made:
+    std::vector<Row> rows_;
+    std::unique_ptr<float[]> logits_;  // (rows that ask for them, vocab_size)
+    std::vector<Target> targets_;
+    std::vector<std::size_t> owners_;  // the texts of the targets
 };
 
-// Reads excerpts together and adds how likely what follows their tokens is, from n_given on.
-void score_excerpts(const std::vector<Excerpt>& excerpts,
-                    const std::vector<std::vector<std::int32_t>>& texts,
-                    const std::vector<std::int32_t>& n_given,
-                    const std::vector<std::shared_ptr<Session>>& sessions,
-                    const std::function<void()>& between_chunks,
-                    std::vector<Likelihood>* likelihoods) {
-    const Model& model = sessions[excerpts.front().text]->model();
-    const auto n_logits = static_cast<std::size_t>(model.config().vocab_size);
-    std::vector<std::size_t> owners;
-    std::vector<std::int32_t> targets;
-    std::vector<Feed> feeds;
-    for (const Excerpt& e : excerpts) {
-        const std::vector<std::int32_t>& text = texts[e.text];
-        const auto given = static_cast<std::size_t>(n_given[e.text]);
-        const std::size_t first = std::clamp(given - 1, e.begin, e.end);
-        for (std::size_t i = first; i < e.end; ++i) {
-            owners.push_back(e.text);
-            targets.push_back(text[i + 1]);
-        }
-        feeds.push_back({sessions[e.text].get(), TokenSpan(text.data() + e.begin, e.end - e.begin),
-                         nullptr, first - e.begin});
+void TextTree::read_some() {
+    rows_.clear();
+    targets_.clear();
+    owners_.clear();
+    std::vector<Branch> read;
+    while (!branches_.empty() && rows_.size() < max_rows) {
+        read.push_back(std::move(branches_.back()));
+        branches_.pop_back();
+        add_rows(&read.back());
     }
-    std::vector<float> logits(targets.size() * n_logits);
-    float* next = logits.data();
-    for (Feed& one : feeds) {
-        if (one.first == one.tokens.size) continue;
-        one.all_logits = next;
-        next += (one.tokens.size - one.first) * n_logits;
-    }
-    feed(feeds, between_chunks);
-    const std::vector<Likelihood> found = by_rows(model, logits, targets);
+    read_rows(model_, rows_);
+    const std::vector<Likelihood> found = by_rows(model_, logits_.get(), targets_);
     for (std::size_t i = 0; i < found.size(); ++i) {
-        Likelihood& likelihood = (*likelihoods)[owners[i]];
+        Likelihood& likelihood = likelihoods_[owners_[i]];
         likelihood.logprob += found[i].logprob;
         likelihood.greedy = likelihood.greedy && found[i].greedy;
+    }
+    for (const Branch& branch : read)
+        add_children(branch);
+}
+
+// Reads on in what all texts of a branch have in common, as far as there is room. In their order
+// the first and the last differ soonest; the last token of a text is never read.
+void TextTree::add_rows(Branch* branch) {
+    const std::vector<std::int32_t>& first = text(branch->begin);
+    const std::vector<std::int32_t>& last = text(branch->end - 1);
+    const std::size_t begin = branch->n_read;
+    const std::size_t most =
+        std::min({first.size(), last.size() - 1, begin + max_rows - rows_.size()});
+    std::size_t end = begin + 1;
+    while (end < most && first[end] == last[end])
+        ++end;
+    std::shared_ptr<KvCache>& cache = branch->cache;
+    const auto pos_begin = static_cast<std::int32_t>(begin);
+    if (cache.use_count() > 1) cache = std::make_shared<KvCache>(cache->share(pos_begin));
+    cache->reserve(pos_begin, static_cast<std::int32_t>(end));
+    for (std::size_t pos = begin; pos < end; ++pos) {
+        rows_.push_back({cache.get(), static_cast<std::int32_t>(pos), first[pos], nullptr});
+        add_targets(*branch, pos);
+    }
+    branch->n_read = end;
+}
+
+// What follows token pos, which was added last, in the texts of a branch.
+void TextTree::add_targets(const Branch& branch, std::size_t pos) {
+    const std::size_t row = targets_.empty() ? 0 : targets_.back().row + 1;
+    for (std::size_t i = branch.begin; i < branch.end; ++i) {
+        const std::size_t next = pos + 1;
+        if (next < static_cast<std::size_t>(n_given_[order_[i]]) || next == text(i).size())
+            continue;
+        targets_.push_back({row, text(i)[next]});
+        owners_.push_back(order_[i]);
+        if (next + 1 == text(i).size()) ++n_done_;
+        rows_.back().logits =
+            logits_.get() + row * static_cast<std::size_t>(model_.config().vocab_size);
+    }
+}
+
+// The branches that a branch parts into where it was read up to.
+void TextTree::add_children(const Branch& branch) {
+    const std::size_t n = branch.n_read;
+    for (std::size_t begin = branch.begin, end; begin < branch.end; begin = end) {
+        end = begin + 1;
+        if (text(begin).size() < n + 2) continue;  // nothing follows its next token
+        while (end < branch.end && text(end)[n] == text(begin)[n])
+            ++end;
+        branches_.push_back({begin, end, n, branch.cache});
     }
 }
 
@@ -91,10 +186,10 @@ std::vector<double> score(Session& session, const std::vector<std::int32_t>& tok
             std::vector<float> logits((end - begin) * n_logits);
             feed({{&session, TokenSpan(tokens.data() + begin, end - begin), logits.data()}},
                  between_chunks);
-            const auto at = [&](std::size_t i) {
-                return tokens.begin() + static_cast<std::ptrdiff_t>(std::min(i, tokens.size()));
-            };
-            const auto found = by_rows(model, logits, {at(begin + 1), at(end + 1)});
+            std::vector<Target> targets;
+            for (std::size_t i = begin; i < end && i + 1 < tokens.size(); ++i)
+                targets.push_back({i - begin, tokens[i + 1]});
+            const std::vector<Likelihood> found = by_rows(model, logits.data(), targets);
             for (std::size_t i = 0; i < found.size(); ++i)
                 scores[begin + 1 + i] = found[i].logprob;
             between_chunks();
@@ -109,42 +204,22 @@ std::vector<double> score(Session& session, const std::vector<std::int32_t>& tok
 std::vector<Likelihood> score_texts(const std::shared_ptr<const Model>& model,
                                     const std::vector<std::vector<std::int32_t>>& texts,
                                     const std::vector<std::int32_t>& n_given,
-                                    const std::function<void()>& between_chunks) {
+                                    const std::function<void(std::size_t n_done)>& between_passes) {
     if (texts.size() != n_given.size())
         throw Error(Status::invalid_argument, "n_given has another length than texts");
-    std::vector<Likelihood> likelihoods(texts.size());
-    std::vector<std::shared_ptr<Session>> sessions(texts.size());
-    std::vector<Excerpt> excerpts;
-    std::size_t n_rows = 0;
-    const auto flush = [&] {
-        if (excerpts.empty()) return;
-        score_excerpts(excerpts, texts, n_given, sessions, between_chunks, &likelihoods);
-        for (const Excerpt& e : excerpts) {
-            if (e.end + 1 == texts[e.text].size()) sessions[e.text] = nullptr;
-        }
-        excerpts.clear();
-        n_rows = 0;
-        between_chunks();
-    };
+    const Session empty(model, 0);
     for (std::size_t i = 0; i < texts.size(); ++i) {
         if (n_given[i] < 1 || static_cast<std::size_t>(n_given[i]) > texts[i].size())
             throw Error(Status::invalid_argument,
                         "text " + std::to_string(i) + " has " + std::to_string(texts[i].size()) +
                             " tokens; " + std::to_string(n_given[i]) + " cannot be given");
-        sessions[i] = std::make_shared<Session>(model, 0);
-        sessions[i]->check(&texts[i].back(), 1);  // it is never read
-        const std::size_t n = texts[i].size() - 1;
-        if (n_rows + n > max_rows) flush();
-        for (std::size_t begin = 0; begin < n;) {
-            const std::size_t end = std::min(n, begin + max_rows - n_rows);
-            excerpts.push_back({i, begin, end});
-            n_rows += end - begin;
-            begin = end;
-            if (n_rows == max_rows) flush();
-        }
+        empty.check(texts[i].data(), texts[i].size() - 1);
+        empty.check(&texts[i].back(), 1);  // it is never read
     }
-    flush();
-    return likelihoods;
+    TextTree tree(*model, texts, n_given);
+    for (between_passes(tree.n_done()); !tree.is_read(); between_passes(tree.n_done()))
+        tree.read_some();
+    return tree.likelihoods();
 }
 
 std::vector<double> score_ways(Session& session, const std::vector<std::vector<std::int32_t>>& ways,
@@ -166,15 +241,16 @@ std::vector<double> score_ways(Session& session, const std::vector<std::vector<s
         std::vector<std::shared_ptr<Session>> forks;
         std::vector<float> logits(n_rows * n_logits);
         std::vector<Feed> feeds;
-        std::vector<std::int32_t> targets;
+        std::vector<Target> targets;
         for (std::size_t i = begin; i < end; ++i) {
             forks.push_back(session.fork(0));
             feeds.push_back({forks.back().get(), TokenSpan(ways[i].data(), ways[i].size() - 1),
                              logits.data() + targets.size() * n_logits});
-            targets.insert(targets.end(), ways[i].begin() + 1, ways[i].end());
+            for (std::size_t k = 1; k < ways[i].size(); ++k)
+                targets.push_back({targets.size(), ways[i][k]});
         }
         feed(feeds, between_chunks);
-        const std::vector<Likelihood> found = by_rows(model, logits, targets);
+        const std::vector<Likelihood> found = by_rows(model, logits.data(), targets);
         for (std::size_t i = begin, row = 0; i < end; ++i) {
             for (std::size_t k = 1; k < ways[i].size(); ++k)
                 scores[i] += found[row++].logprob;

@@ -1,6 +1,7 @@
 // How likely text is: of one timeline, of many texts at once, of several ways to go on.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -21,13 +22,14 @@ struct Likelihood {
     bool greedy = true;
 };
 
-// Of each of many texts, from token n_given[i] on, given all before it. Texts that fit into a pass
-// together are read together; a text may have a token more than the context. Throws
-// Error(invalid_argument) for a text with nothing given, and what feed() does.
+// Of each of many texts, from token n_given[i] on, given all before it. What several begin with is
+// read once; a text may have a token more than the context. between_passes learns how many texts
+// are done, and may throw to stop. Throws Error: before anything is read, invalid_argument for a
+// text with nothing given or a token outside the vocabulary, context_full; nonfinite.
 std::vector<Likelihood> score_texts(const std::shared_ptr<const Model>& model,
                                     const std::vector<std::vector<std::int32_t>>& texts,
                                     const std::vector<std::int32_t>& n_given,
-                                    const std::function<void()>& between_chunks);
+                                    const std::function<void(std::size_t n_done)>& between_passes);
 
 // The logarithm of the probability of each of several ways to go on, all in one batch. They fit the
 // context each by itself, have a token at least, and leave the session as it was.

@@ -39,6 +39,13 @@ void refuse_nonfinite(const Model& model, const Row& row) {
 
 }  // namespace
 
+void read_rows(const Model& model, const std::vector<Row>& rows, const Tap* tap) {
+    BorrowedPass pass(model);
+    const bool all_finite = pass->run(rows, tap);
+    for (const Row& row : rows)
+        if (!all_finite) refuse_nonfinite(model, row);
+}
+
 // Locks all sessions of a batch, and takes back what was added unless commit() is reached.
 class FeedTransaction {
 public:
@@ -297,13 +304,12 @@ void Session::read_all() {
     }
     if (unread() == 0) return;
     leave_pass();
-    BorrowedPass pass(*model_);
     std::vector<Row> rows;
     while (unread() > 0) {
         const std::size_t n = std::min(unread(), max_rows);
         rows.clear();
         add_rows(n, &rows);
-        if (!pass->run(rows)) refuse_nonfinite(*model_, rows.back());
+        read_rows(*model_, rows);
         has_read(n);
     }
 }
@@ -341,14 +347,11 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
     FeedTransaction transaction(feeds);
     const Model& model = feeds.front().session->model();
     const auto vocab_size = static_cast<std::size_t>(model.config().vocab_size);
-    BorrowedPass pass(model);
     std::vector<Row> rows;
     std::vector<std::pair<Session*, std::size_t>> reading;
     const auto flush = [&] {
         if (rows.empty()) return;
-        const bool all_finite = pass->run(rows, tap);
-        for (const Row& row : rows)
-            if (!all_finite) refuse_nonfinite(model, row);
+        read_rows(model, rows, tap);
         for (const auto& [session, n] : reading)
             session->has_read(n);
         rows.clear();
@@ -364,9 +367,8 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
             reading.emplace_back(&session, n);
             for (auto row = rows.end() - static_cast<std::ptrdiff_t>(n); row != rows.end(); ++row) {
                 const auto pos = static_cast<std::size_t>(row->pos);
-                const std::size_t first = n_before + feed.first;
-                if (feed.all_logits == nullptr || pos < first) continue;
-                row->logits = feed.all_logits + (pos - first) * vocab_size;
+                if (feed.all_logits == nullptr || pos < n_before) continue;
+                row->logits = feed.all_logits + (pos - n_before) * vocab_size;
                 row->maxima = nullptr;
             }
             n_left -= n;
@@ -377,8 +379,8 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
     }
     flush();
     for (const Feed& feed : feeds) {
-        if (feed.tokens.size <= feed.first || feed.all_logits == nullptr) continue;
-        const float* last = feed.all_logits + (feed.tokens.size - 1 - feed.first) * vocab_size;
+        if (feed.tokens.size == 0 || feed.all_logits == nullptr) continue;
+        const float* last = feed.all_logits + (feed.tokens.size - 1) * vocab_size;
         std::copy(last, last + vocab_size, feed.session->logits_.values.begin());
         feed.session->logits_.find_maxima();
     }

@@ -23,6 +23,9 @@ namespace tinyllama {
 struct Draw;
 struct Feed;
 
+// Reads rows in one pass. Throws Error(nonfinite) when a logit asked for is not a finite number.
+void read_rows(const Model& model, const std::vector<Row>& rows, const Tap* tap = nullptr);
+
 // Rows computed together: enough to read each weight once for many, small enough for the caches.
 constexpr std::size_t max_rows = 256;
 
@@ -188,8 +191,7 @@ void draw_each(std::vector<Draw>& draws);
 struct Feed {
     Session* session;
     TokenSpan tokens;
-    float* all_logits;      // (tokens.size - first, vocab_size) out, or null
-    std::size_t first = 0;  // of the tokens, whose logits are wanted
+    float* all_logits;  // (tokens.size, vocab_size) out, or null
 };
 
 // Appends tokens to sessions of one model as one batch, cut into chunks where it is long;

@@ -1,7 +1,6 @@
 """The adapter for lm-evaluation-harness: the numbers of its own model ``hf``, same weights."""
 
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -15,10 +14,10 @@ from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from random_models import tiny_checkpoint, tiny_model
-from tinyllama import _core, load
+from random_models import tiny_checkpoint
+from tinyllama import load
 from tinyllama.cli import main
-from tinyllama.errors import ArgumentError, ContextFullError
+from tinyllama.errors import ArgumentError
 from tinyllama.evaluate.harness import TinyLlamaLM
 from tinyllama.formats.hf import save_hf
 
@@ -62,52 +61,6 @@ def sentences(n, seed=0):
     random = np.random.default_rng(seed)
     words = ["the", "cat", "sat", "on", "it", "so", "they", "ran", "far", "down"]
     return [" ".join(random.choice(words, random.integers(1, 30))) for _ in range(n)]
-
-
-# --- many texts at once -----------------------------------------------------------------------
-
-
-def test_many_texts_score_as_each_does_alone():
-    model, random = tiny_model(max_seq_len=CONTEXT), np.random.default_rng(0)
-    lengths = [*random.integers(2, 40, 30), CONTEXT + 1, 257, 2, 1, CONTEXT]
-    texts = [random.integers(3, 300, n).tolist() for n in lengths]
-    n_given = [int(random.integers(1, len(text) + 1)) for text in texts]
-    found = _core.score_texts(model._core, texts, n_given)
-    for text, given, (logprob, greedy) in zip(texts, n_given, found, strict=True):
-        logits = model.logits(text[:-1]).astype(np.float64) if len(text) > 1 else np.zeros((0, 300))
-        rows = logits[given - 1 :]
-        chosen = rows[np.arange(len(rows)), text[given:]]
-        expected = (chosen - np.log(np.exp(rows).sum(axis=1))).sum()
-        assert math.isclose(logprob, expected, abs_tol=1e-4)
-        assert greedy == all(chosen == rows.max(axis=1))
-
-
-def test_greedy_is_said_of_what_the_model_itself_would_say():
-    model = tiny_model(vocab_size=200)
-    prompt = model.tokenizer.encode("the cat")
-    said = list(model.complete(prompt, temperature=0, max_new_tokens=9).tokens)
-    other = [*said[:-1], (said[-1] + 1) % 200]
-    found = _core.score_texts(model._core, [prompt + said, prompt + other], [len(prompt)] * 2)
-    assert [greedy for _, greedy in found] == [True, False]
-
-
-@pytest.mark.parametrize(
-    "texts, n_given, error, message",
-    [
-        ([[1, 2]], [0], ArgumentError, "text 0 has 2 tokens; 0 cannot be given"),
-        ([[1, 2], []], [1, 1], ArgumentError, "text 1 has 0 tokens"),
-        ([[1, 2]], [3], ArgumentError, "3 cannot be given"),
-        ([[1, 2]], [1, 1], ArgumentError, "n_given"),
-        ([[1, 300]], [1], ArgumentError, "token 300"),
-        ([[1] * 66], [1], ContextFullError, "65 tokens do not fit"),
-    ],
-)
-def test_texts_that_cannot_be_scored(texts, n_given, error, message):
-    with pytest.raises(error, match=message):
-        _core.score_texts(tiny_model()._core, texts, n_given)
-
-
-# --- beside the harness's own hf model --------------------------------------------------------
 
 
 def test_likelihoods_are_those_of_hf(ours, theirs):

@@ -140,8 +140,8 @@ def interrupt(): os.kill(os.getpid(), signal.SIGINT)
 rng = random.Random(SEED)
 for i in range(12):
     timer = threading.Timer(rng.uniform(0.0, 0.12), interrupt)
-    timer.start()
     try:
+        timer.start()  # on a busy machine it may be over before this returns
         kind = i % 4
         if kind == 0:
             while True: model.generate(["Tom"] * 8, logit_bias=ends)

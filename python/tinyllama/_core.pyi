@@ -270,11 +270,15 @@ def kernel_matmul(
     products are added to 1."""
 
 def score_texts(
-    model: Model, texts: Sequence[Sequence[int]], n_given: Sequence[int]
+    model: Model,
+    texts: Sequence[Sequence[int]],
+    n_given: Sequence[int],
+    progress: Callable[[int], object],
 ) -> list[tuple[float, bool]]:
     """For each text, from token n_given[i] >= 1 on: the natural logarithm of the probability of its
-    tokens, given all before each, and whether each is the likeliest in its place. Read in batches;
-    a text may have a token more than the context. ArgumentError, ContextFullError."""
+    tokens, given all before each, and whether each is the likeliest in its place. What several
+    begin with is read once; a text may have a token more than the context. Between passes, progress
+    is told how many more texts are done. ArgumentError, ContextFullError."""
 
 def score_ways(session: Session, ways: Sequence[Sequence[int]]) -> list[float]:
     """The natural logarithm of the probability of each way to go on. ArgumentError for an empty

@@ -27,7 +27,7 @@ try:
 except ImportError as error:
     raise MissingExtraError(error.name or "lm_eval", "eval") from error
 
-# Requests that are scored between two movements of the progress bar.
+# Texts that are generated between two movements of the progress bar.
 AT_ONCE = 64
 
 
@@ -97,12 +97,8 @@ class TinyLlamaLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
                 )
             texts.append((context_tokens + tokens)[-(self.max_length + 1) :])
             n_given.append(len(texts[-1]) - len(tokens))
-        results: list[tuple[float, bool]] = []
         with tqdm(total=len(texts), disable=disable_tqdm, desc="scoring") as bar:
-            for i in range(0, len(texts), AT_ONCE):
-                part = slice(i, i + AT_ONCE)
-                results += _core.score_texts(self.model._core, texts[part], n_given[part])
-                bar.update(len(texts[part]))
+            results = _core.score_texts(self.model._core, texts, n_given, bar.update)
         for ((context, text), _, _), result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", (context, text), result)
         return results
