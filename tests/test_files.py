@@ -1,10 +1,20 @@
 """Files and folders written whole or not at all, wherever their names lead."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
-from tinyllama.files import whole_file, whole_folder
+from tinyllama.files import lock_folder, whole_file, whole_folder
+
+HOLD = """
+import pathlib, sys
+from tinyllama.files import lock_folder
+lock = lock_folder(pathlib.Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
 
 
 def names_below(folder):
@@ -42,3 +52,16 @@ def test_the_folder_one_is_in_may_be_named(tmp_path, monkeypatch):
     with whole_folder(".") as folder:
         (folder / "a").write_text("new")
     assert names_below(tmp_path) == ["a"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="locks of POSIX")
+def test_a_locked_folder_keeps_other_processes_out(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert holder.stdout.readline() == b"held\n"
+    with pytest.raises(BlockingIOError, match=f"{tmp_path}: another process is at work there"):
+        lock_folder(tmp_path)
+    holder.kill()
+    holder.communicate()
+    lock_folder(tmp_path).close()

@@ -44,6 +44,21 @@ def run(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def test_two_trainings_of_one_run_do_not_mix(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Trainer(dataclasses.replace(RECIPE, steps=4), tokens, tmp_path / "run").train()
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()}
+
+    def locked(folder: Path) -> None:
+        raise BlockingIOError(f"{folder}: another process is at work there")
+
+    monkeypatch.setattr("tinyllama.train.metrics.lock_folder", locked)
+    with pytest.raises(BlockingIOError, match="run: another process"):
+        Trainer(dataclasses.replace(RECIPE, steps=4), tokens, tmp_path / "run")
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path / "run").iterdir()} == before
+
+
 def test_the_records_of_a_run(run: Path) -> None:
     records = read_records(run)
     beginning, *rest = records

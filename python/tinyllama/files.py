@@ -87,6 +87,25 @@ def whole_folder(path: PathLike) -> Iterator[Path]:
     _sync_folder(path.parent)
 
 
+def lock_folder(folder: Path) -> BinaryIO:
+    """Keep other processes out of ``folder`` until what is returned is closed, or we end.
+
+    It is a lock of POSIX on the file ``.lock`` there; where there are none, nothing is kept out.
+    Raises BlockingIOError, naming the folder, where another process has it.
+    """
+    file = open(folder / ".lock", "wb")  # noqa: SIM115  # the caller closes it
+    try:
+        import fcntl
+
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise BlockingIOError(f"{folder}: another process is at work there") from None
+    except (ImportError, OSError):  # Windows, and file systems without locks
+        pass
+    return file
+
+
 def _sync_folder(folder: Path) -> None:
     # Without this a power cut can undo the rename. Windows cannot open folders, nor needs it.
     if os.name == "posix":

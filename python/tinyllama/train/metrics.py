@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import FormatError, MissingExtraError
-from ..files import whole_file
+from ..files import lock_folder, whole_file
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -35,8 +35,9 @@ class Metrics:
     - energy since the start: ``kwh``, ``kg_co2eq``, ``estimated_by``.
 
     Records after ``step`` are dropped on opening: they belong to steps that a crash has undone. Of
-    several processes that train together one may ``write``; it makes the folder. With
-    ``tensorboard``, all numbers and samples go to ``RUN/tensorboard`` as well.
+    several processes that train together one may ``write``; it makes the folder, and locks it:
+    BlockingIOError where another training has. With ``tensorboard``, all numbers and samples go to
+    ``RUN/tensorboard`` as well.
     """
 
     def __init__(self, run: Path, step: int, write: bool = True, tensorboard: bool = False) -> None:
@@ -47,6 +48,7 @@ class Metrics:
         if not write:
             return
         run.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(run)
         if tensorboard:
             self._board = _open_board(run / "tensorboard", step)
         if step and self.path.exists():
