@@ -294,7 +294,7 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint(
         with pytest.raises(OSError, match="No space left"):
             trainer.save()
     assert load_state(find_checkpoint(tmp_path)).step == 1
-    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == [".lock"]
     model = Llama(CONFIG)
     load_weights(find_checkpoint(tmp_path), model)
     assert same(before, {name: value.numpy() for name, value in model.state_dict().items()})
