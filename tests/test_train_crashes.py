@@ -190,9 +190,13 @@ def test_files_that_cannot_grow(
     """Short writes: no file may be larger than a share of the largest of a checkpoint."""
     largest = max(f.stat().st_size for f in find_checkpoint(straight.run).iterdir())
     run = tmp_path / "run"
-    trainer = Trainer(RECIPE, tokens, run)
-    trainer.step()
-    trainer.save()
+
+    def begin() -> None:
+        trainer = Trainer(RECIPE, tokens, run)
+        trainer.step()
+        trainer.save()
+
+    assert in_a_child(begin) == 0
 
     def go_on() -> None:
         trainer = Trainer(RECIPE, tokens, run)
