@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,15 @@ import torch
 from tinyllama.cli import main
 from tinyllama.errors import ConfigError
 from tinyllama.train.model import Llama
-from tinyllama.train.recipe import load_preset, load_recipe, preset_names, recipe_from_dict
+from tinyllama.train.recipe import (
+    FREE_SETTINGS,
+    Recipe,
+    load_preset,
+    load_recipe,
+    preset_names,
+    read_toml,
+    recipe_from_dict,
+)
 from tinyllama.train.sizing import parse_size, sized_recipe
 
 SMALL = """\
@@ -196,3 +206,18 @@ def test_missing_parts_and_unknown_presets_are_named(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_bytes("título = 1".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"bad\.toml is not TOML: 'utf-8' codec"):
         load_recipe(tmp_path / "bad.toml")
+
+
+def test_the_page_of_recipes_has_every_key_and_its_default(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs/recipes.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"^```toml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "my.toml").write_text(example)
+    assert load_recipe(tmp_path / "my.toml", fast=True).steps == 600
+    rows = dict(re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|.*?) \|", page, re.MULTILINE))
+    fields = {field.name: field for field in dataclasses.fields(Recipe)}
+    assert sorted(rows) == sorted(fields.keys() - {"model", "weights"})
+    for name, default in rows.items():
+        if default:
+            assert read_toml(f"value = {default}", name)["value"] == fields[name].default, name
+    (free,) = re.findall(r"what is learned: (.*?)\. Everything", page, re.DOTALL)
+    assert re.findall(r"`(\w+)`", free) == list(FREE_SETTINGS)

@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> None:
         f" divergence {report.kl:.2g} nats per token"
     )
     print(
-        f"bits per byte {report.bits_per_byte_before:.4f} before,"
+        f"on {args.text or 'a short story'}: bits per byte {report.bits_per_byte_before:.4f} before,"
         f" {report.bits_per_byte_after:.4f} after;"
         f" perplexity {report.perplexity_before:.4f} before, {report.perplexity_after:.4f} after"
     )

@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import FormatError, MissingExtraError
+from ..errors import ArgumentError, FormatError, MissingExtraError
 from ..generation import Completion
 from .intervals import Estimate, of_prompts
 
@@ -164,6 +164,10 @@ class Answers:
                     f"{self.path}: line {number}: not an answer of a judge: {error!r}"
                 ) from None
 
+    def __len__(self) -> int:
+        """Questions with a reply."""
+        return len(self._replies)
+
     def of(self, question: Question) -> list[dict[str, Any]]:
         """The replies to a question so far, oldest first."""
         return self._replies.get(question.key, [])
@@ -207,6 +211,8 @@ def ask(
         import openai
     except ImportError as error:
         raise MissingExtraError(error.name or "openai", "eval") from None
+    if not url.startswith(("http://", "https://")):
+        raise ArgumentError(f"--judge {url}: an address begins with http:// or https://")
     secret = os.environ.get("OPENAI_API_KEY") or "none"
     client = openai.OpenAI(base_url=url, api_key=secret, max_retries=RETRIES, timeout=TIMEOUT)
     forms = list(_FORMS)
@@ -218,7 +224,7 @@ def ask(
                 reason = str(error.__cause__ or error).replace(secret, "…")
                 raise ConnectionError(
                     f"the judge at {url}: {error.__class__.__name__}: {reason}"
-                    f" (what it has answered is kept in {answers.path}; run again to go on)"
+                    + (f" ({answers.path} has its answers; run again to go on)" * bool(answers))
                 ) from None
             scores, invalid = _read(reply)
             answers.add(

@@ -262,7 +262,7 @@ def _samples(model: Model, statement: Statement) -> Iterator[str]:
         return
     command = f"--num-return-sequences {n} --seed 1 --max-new-tokens {MAX_NEW_TOKENS}"
     yield "## Samples, unselected"
-    yield f"`tinyllama generate PROMPT {command}`: every text that it gives."
+    yield f"In this folder, `tinyllama generate PROMPT -m . {command}`: every text that it gives."
     with tqdm(total=n * len(prompts), desc="samples for the card", disable=None) as bar:
         for prompt in prompts:
             if len(prompts) > 1:
