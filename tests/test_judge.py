@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from tinyllama.errors import FormatError
+from tinyllama.errors import ArgumentError, FormatError
 from tinyllama.evaluate import judge
 from tinyllama.generation import Completion, Usage
 
@@ -310,6 +310,11 @@ import sys
 from test_judge import flat, judge, questions
 judge.ask(flat(questions(4, 2)), judge.Answers(sys.argv[1]), sys.argv[2], {})
 """
+
+
+def test_an_address_without_its_protocol_is_named(tmp_path):
+    with pytest.raises(ArgumentError, match=r"--judge localhost:1/v1: an address begins with http"):
+        judge.ask([], judge.Answers(tmp_path / "judge.jsonl"), "localhost:1/v1", {})
 
 
 def test_a_client_killed_in_the_middle_goes_on(tmp_path):

@@ -57,6 +57,11 @@ def run(command: str) -> str:
     return printed.getvalue()
 
 
+def test_no_page_has_a_table_to_be_filled_in() -> None:
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")):
+        assert not re.search(r"^[A-Z_]{3,}$", page.read_text(encoding="utf-8"), re.MULTILINE), page
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_python_examples(page: str) -> None:
     examples = blocks("python", page)

@@ -99,8 +99,9 @@ def run(args: argparse.Namespace) -> None:
         f" largest difference {report.max_difference:.2g} (largest logit {report.max_logit:.3g}),"
         f" divergence {report.kl:.2g} nats per token"
     )
+    text = args.text or "a short story"
     print(
-        f"on {args.text or 'a short story'}: bits per byte {report.bits_per_byte_before:.4f} before,"
+        f"on {text}: bits per byte {report.bits_per_byte_before:.4f} before,"
         f" {report.bits_per_byte_after:.4f} after;"
         f" perplexity {report.perplexity_before:.4f} before, {report.perplexity_after:.4f} after"
     )
