@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ import pytest
 from random_models import tiny_checkpoint
 from tinyllama import tokenizer
 from tinyllama.data import prepare, shards
+from tinyllama.data.splits import is_validation
 from tinyllama.errors import ArgumentError, FormatError
 from tinyllama.formats.checkpoint import TokenType, Vocabulary
 from tinyllama.formats.hf import save_hf
@@ -80,7 +82,7 @@ def test_shards_hold_the_documents_and_the_manifest_counts_them(tmp_path, model)
     processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
     expected = {"train": [], "valid": []}
     for story in stories:
-        expected["valid" if shards.is_validation(story, 0.2, 0) else "train"].append(story)
+        expected["valid" if is_validation(story, 0.2, 0) else "train"].append(story)
     for split, chosen in expected.items():
         assert documents_in(out, split) == [processor.encode(story) for story in chosen]
         entry = manifest["splits"][split]
@@ -140,16 +142,80 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(tmp_path, model, kill
     assert contents(out) == contents(tmp_path / "fresh")
 
 
-def test_other_settings_do_not_take_over_finished_units(tmp_path, model):
+def test_other_settings_do_not_take_over_finished_units(tmp_path, model, monkeypatch):
     write_stories(tmp_path / "a.txt")
-    first = prepare(tmp_path / "a.txt", model, tmp_path / "out", valid_fraction=0.1, seed=1)
+    out = tmp_path / "out"
+
+    def full(*_):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr(shards, "_join", full)
+        prepare(tmp_path / "a.txt", model, out, valid_fraction=0.1, seed=1)
+    assert list(out.glob(".units/*.json"))
     notes = {name: b"one's own" for name in ("notes-2024.txt", "train-1.md", "tok-3000.model")}
     for name, content in notes.items():
-        (tmp_path / "out" / name).write_bytes(content)
-    second = prepare(tmp_path / "a.txt", model, tmp_path / "out", valid_fraction=0.1, seed=2)
-    assert first["splits"] != second["splits"]
+        (out / name).write_bytes(content)
+    prepare(tmp_path / "a.txt", model, out, valid_fraction=0.1, seed=2)
     prepare(tmp_path / "a.txt", model, tmp_path / "fresh", valid_fraction=0.1, seed=2)
-    assert contents(tmp_path / "out") == contents(tmp_path / "fresh") | notes
+    assert contents(out) == contents(tmp_path / "fresh") | notes
+
+
+def test_what_is_finished_is_not_replaced_by_other_data(tmp_path, model):
+    for name in ("a", "b"):
+        write_stories(tmp_path / f"{name}.txt")
+    (tmp_path / "other.model").write_bytes(
+        tokenizer.save_sentencepiece(
+            replace(tokenizer.load_sentencepiece(model), add_space_prefix=False)
+        )
+    )
+    out, a = tmp_path / "out", f"x={tmp_path}/a.txt"
+    options = {"valid_fraction": 0.1, "seed": 1}
+    prepare(a, model, out, **options)
+    before = contents(out)
+
+    def refused(message, inputs=a, model=model, **changed):
+        with pytest.raises(FileExistsError, match=f"out: holds other data .*{message}.*new folder"):
+            prepare(inputs, model, out, **options | changed)
+        assert contents(out) == before
+
+    refused("sources x, now text", tmp_path / "a.txt")
+    refused("inputs x=a.txt, now x=b.txt", f"x={tmp_path}/b.txt")
+    refused("tokenizer ", model=tmp_path / "other.model")
+    refused("valid_fraction 0.1, now 0.2", valid_fraction=0.2)
+    refused("seed 1, now 2", seed=2)
+    refused("valid none, now text=b.txt", valid=tmp_path / "b.txt")
+    refused("separator <|endoftext|>, now ---".replace("|", "[|]"), separator="---")
+
+    (tmp_path / "a.txt").rename(tmp_path / "moved.txt")
+    write_stories(tmp_path / "a.txt", n=20)
+    assert prepare(a, model, out, **options)["splits"]["train"]["documents"] <= 20
+
+    manifest = json.loads((out / "manifest.json").read_bytes())
+    del manifest["made_from"]  # as folders were before
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    before = contents(out)
+    refused("sources x, now text", tmp_path / "a.txt")
+    prepare(a, model, out, **options | {"seed": 2})
+    for others in ("{}", "[]", '{"splits": []}', "notes"):
+        (out / "manifest.json").write_text(others)
+        with pytest.raises(FileExistsError, match="out: exists and holds no prepared tokens"):
+            prepare(a, model, out, **options)
+
+
+@pytest.mark.parametrize("n_workers", [1, 2])
+def test_of_few_documents_one_is_held_out_wherever_it_stands(tmp_path, model, n_workers):
+    path, held_out = tmp_path / "a.txt", []
+    stories = [f"A cat of {i} years." for i in range(20)]
+    for texts in (stories, stories[::-1], ["", *stories, *stories]):
+        path.write_text("\n<|endoftext|>\n".join(texts))
+        out = tmp_path / str(len(held_out))
+        prepare(path, model, out, valid_fraction=1e-9, n_workers=n_workers)
+        held_out.append(documents_in(out, "valid"))
+        assert len(documents_in(out, "train")) == 19 * len(held_out[-1])
+        assert held_out[0][0] not in documents_in(out, "train")
+    assert [len(documents) for documents in held_out] == [1, 1, 2]
+    assert held_out[0] == held_out[1] == held_out[2][:1]
 
 
 def test_the_tokenizer_of_a_model_is_taken_with_what_was_added_to_it(tmp_path):
@@ -227,7 +293,7 @@ def test_sources_lie_one_after_another_and_are_counted(tmp_path, model):
     for side in ("train", "valid"):
         expected, counts = [], []
         for name, texts in (("x", stories["a"] + stories["c"]), ("y", stories["b"])):
-            texts = [t for t in texts if shards.is_validation(t, 0.2, 0) == (side == "valid")]
+            texts = [t for t in texts if is_validation(t, 0.2, 0) == (side == "valid")]
             encoded = [processor.encode(text) for text in texts]
             expected += encoded
             counts.append(
@@ -271,10 +337,14 @@ def test_bad_input_leaves_nothing_behind(tmp_path, model):
     empty.write_text("\n\n")
     one = tmp_path / "one.txt"
     one.write_text("a single story")
+    alike = tmp_path / "alike.txt"
+    alike.write_text("a story\n<|endoftext|>\na  story")
     for inputs, options, error, message in (
         (bad, {}, FormatError, "bad.jsonl: line 501: not JSON"),
         (empty, {}, ArgumentError, "no document to train on"),
-        (one, {}, ArgumentError, "leaves no validation document among 1"),
+        (one, {}, ArgumentError, r"one document, .* line <\|endoftext\|> .* --valid FILE"),
+        (one, {"valid_fraction": 0.999}, ArgumentError, "one document, and"),
+        (alike, {}, ArgumentError, r"valid_fraction 0\.01 holds out all 2 documents.* alike"),
         (good, {"valid": empty}, ArgumentError, "validation inputs hold no document"),
         (good, {"valid_fraction": 1.0}, ArgumentError, "valid_fraction is 1.0"),
         (good, {"n_workers": 0}, ArgumentError, "n_workers is 0"),
@@ -291,7 +361,8 @@ def test_bad_input_leaves_nothing_behind(tmp_path, model):
     finished = prepare(good, model, out, valid_fraction=0.1)
     before = contents(out)
     with pytest.raises(FormatError):
-        prepare([good, bad], model, out)
+        good.write_bytes(good.read_bytes() + b"\xff")
+        prepare(good, model, out, valid_fraction=0.1)
     assert contents(out) == before and finished
 
     with pytest.raises(FileExistsError, match="holds no prepared tokens"):

@@ -120,7 +120,9 @@ def _register_prepare(verbs: argparse._SubParsersAction[argparse.ArgumentParser]
         metavar="T",
         help="a .model file, or a model whose tokenizer to use (`bundled`: the one that ships)",
     )
-    parser.add_argument("--out", required=True, metavar="DIR", help="the folder to write")
+    parser.add_argument(
+        "--out", required=True, metavar="DIR", help="the folder to write, a new one"
+    )
     held_out = parser.add_mutually_exclusive_group()
     held_out.add_argument(
         "--valid",
@@ -133,7 +135,7 @@ def _register_prepare(verbs: argparse._SubParsersAction[argparse.ArgumentParser]
         "--valid-fraction",
         type=float,
         default=0.01,
-        help="share of the documents to validate on, chosen by a hash of their text"
+        help="share of the documents to validate on, chosen by a hash of their text; of few, one"
         " (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="for the split (default: 0)")

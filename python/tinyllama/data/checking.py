@@ -21,7 +21,7 @@ from .documents import SEPARATOR, Documents
 from .encoding import choose_encoding
 from .mending import cut, mend_encoding
 from .near import NearDuplicates
-from .shards import text_key
+from .splits import text_key
 
 # What is looked for: its title in the report, and what a repair does about it.
 FINDINGS = {

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, groupby
 from multiprocessing import get_context, parent_process
 from pathlib import Path
@@ -31,10 +31,12 @@ from ..files import PathLike, whole_file
 from ..formats.sentencepiece import read_sentencepiece
 from .documents import SEPARATOR, Documents, Pair
 from .encoding import Encoder, Encoding, choose_encoding
+from .folder import open_folder, remove_units
+from .sources import listed, title
+from .splits import SPLITS, check_splits, fraction_for_one, is_validation, text_key
 
 UNIT_BYTES = 4 << 20
 SHARD_BYTES = 256 << 20
-SPLITS = ("train", "valid")
 
 
 @dataclass
@@ -99,9 +101,9 @@ def prepare(
     training may weight them. ``tokenizer``: a SentencePiece ``.model`` file, or a model whose
     tokenizer is to be used. A document is in the validation split when a hash of its text and
     ``seed`` falls below ``valid_fraction``: its split never depends on its place, and equal
-    documents (white space aside) share one. With ``valid``, the documents of those inputs are the
-    validation split, and left out where ``inputs`` has them too (the manifest's ``left_out``), as
-    empty ones are.
+    documents (white space aside) share one. Of few, where that holds none out, it is the one with
+    the lowest hash. With ``valid``, the documents of those inputs are the validation split, and
+    left out where ``inputs`` has them too (the manifest's ``left_out``), as empty ones are.
 
     Shards ``train-00000.bin``, ``valid-00000.bin``, … are little-endian uint16 (uint32 for more
     than 65,535 tokens), each document wrapped in BOS … EOS, the sources one after another. Where a
@@ -112,7 +114,8 @@ def prepare(
 
     Returns the manifest that ``out/manifest.json`` holds. Raises ArgumentError for a split left
     without documents and values out of range, FormatError for unreadable text or tokenizers,
-    FileExistsError when ``out`` holds something else than an unfinished or finished preparation.
+    FileExistsError when ``out`` holds something else than an unfinished preparation, or a finished
+    one by other arguments (the manifest's ``made_from``): no data is thrown away.
     """
     if not 0 <= valid_fraction < 1:
         raise ArgumentError(f"valid_fraction is {valid_fraction}, expected 0 up to below 1")
@@ -125,21 +128,36 @@ def prepare(
     encoding = choose_encoding(tokenizer, valid_fraction, seed)
     form: dict[str, Any] = {"field": field, "separator": separator, "instruct": instruct}
     # Validation text first, so that it is known when the other is read.
-    given = {"train": inputs} if valid is None else {"valid": valid, "train": inputs}
+    given = {"train": listed(inputs)}
+    if valid is not None:
+        given = {"valid": listed(valid), **given}
     splits = {
         split: Documents(text, progress=split if progress else "", **form)
         for split, text in given.items()
     }
-    parts = _open_folder(out)
+    made_from = {
+        "tokenizer": hashlib.sha256(encoding.model).hexdigest(),
+        "sources": sorted(splits["train"].sources),
+        "inputs": [title(text) for text in given["train"]],
+        "valid": [title(text) for text in given.get("valid", [])],
+        "valid_fraction": valid_fraction,
+        "seed": seed,
+        **form,
+    }
+    parts = open_folder(out, made_from)
     left_out = Count()
     try:
-        named = _encode_all(_units(splits, left_out), encoding, parts, n_workers)
-        units = [Encoded(name, source, _counts(parts / name)) for name, source in named]
-        _check_splits(units, valid is not None, valid_fraction)
+        units = _encode_all(_units(splits, left_out), encoding, parts, n_workers)
+        if valid_fraction and _may_hold_one_out(units, splits["train"]):
+            encoding = replace(encoding, valid_fraction=fraction_for_one(splits["train"], seed))
+            units = _encode_all(_units(splits, left_out), encoding, parts, n_workers)
+        documents = {side: _sum(units, side).documents for side in SPLITS}
+        check_splits(documents, valid is not None, valid_fraction)
     except (ArgumentError, FormatError):  # bad input leaves nothing behind
-        _remove(parts)
+        remove_units(parts)
         raise
-    manifest = _write_shards(encoding, units, parts, out) | {"left_out": left_out.documents}
+    manifest = _write_shards(encoding, units, parts, out)
+    manifest |= {"left_out": left_out.documents, "made_from": made_from}
     with whole_file(out / "tokenizer.model") as file:
         file.write(encoding.model)
     with whole_file(out / "manifest.json") as file:
@@ -148,34 +166,10 @@ def prepare(
     return manifest
 
 
-def text_key(text: str) -> bytes:
-    """16 bytes that stand for a document's words: the same however its white space is set."""
-    return hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest()
-
-
-def is_validation(text: str, valid_fraction: float, seed: int) -> bool:
-    """Whether a document belongs to the validation split: decided by its words and the seed."""
-    mixed = hashlib.blake2b(text_key(text) + seed.to_bytes(8, "little", signed=True)).digest()
-    return int.from_bytes(mixed[:8], "little") < valid_fraction * 2.0**64
-
-
-def _open_folder(out: Path) -> Path:
-    """The folder for units. What an earlier run left in ``out`` stays until all units exist."""
-    parts = out / ".units"
-    ours = parts.is_dir() or (out / "manifest.json").is_file()
-    if out.exists() and not ours and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"{out}: exists and holds no prepared tokens; name a new folder")
-    out.mkdir(parents=True, exist_ok=True)  # first, so that an error names this folder
-    parts.mkdir(exist_ok=True)
-    for leftover in parts.glob(".*.part"):
-        leftover.unlink()
-    return parts
-
-
-def _remove(parts: Path) -> None:
-    shutil.rmtree(parts)
-    if not any(parts.parent.iterdir()):
-        parts.parent.rmdir()
+def _may_hold_one_out(units: list[Encoded], documents: Documents) -> bool:
+    """Whether nothing is held out, something could be, and what decides it can be read again."""
+    few = not _sum(units, "valid").documents and _sum(units, "train").documents > 1
+    return few and all(path.is_file() for path in documents.paths)
 
 
 def _units(splits: dict[str, Documents], left_out: Count) -> Iterator[Unit]:
@@ -203,6 +197,13 @@ def _units(splits: dict[str, Documents], left_out: Count) -> Iterator[Unit]:
 
 
 def _encode_all(
+    units: Iterator[Unit], encoding: Encoding, parts: Path, n_workers: int
+) -> list[Encoded]:
+    named = _encode_each(units, encoding, parts, n_workers)
+    return [Encoded(name, source, _counts(parts / name)) for name, source in named]
+
+
+def _encode_each(
     units: Iterator[Unit], encoding: Encoding, parts: Path, n_workers: int
 ) -> Iterator[tuple[str, str]]:
     """(name, source) of the units in order, each once it is on disk; few are in memory at once."""
@@ -382,16 +383,3 @@ def _sum(units: Iterable[Encoded], side: str) -> Count:
     for unit in units:
         total.add(unit.counts[side])
     return total
-
-
-def _check_splits(units: list[Encoded], named: bool, valid_fraction: float) -> None:
-    documents = {side: _sum(units, side).documents for side in SPLITS}
-    if not documents["train"]:
-        raise ArgumentError("the inputs leave no document to train on")
-    if not documents["valid"] and named:
-        raise ArgumentError("the validation inputs hold no document")
-    if not documents["valid"] and valid_fraction:
-        raise ArgumentError(
-            f"valid_fraction {valid_fraction} leaves no validation document among"
-            f" {documents['train']}: raise it, or name a validation file"
-        )

@@ -30,13 +30,10 @@ def find_sources(
     inputs: PathLike | Iterable[PathLike],
 ) -> dict[str, list[Path | HubDataset]]:
     """What ``inputs`` stand for: for each source, by name, its files and data sets, in order."""
-    if isinstance(inputs, (str, os.PathLike)):
-        inputs = [inputs]
     sources: dict[str, list[Path | HubDataset]] = {}
     source_of: dict[str, str] = {}
-    for given in inputs:
-        named = NAMED.fullmatch(given) if isinstance(given, str) else None
-        source, place = (named[1], named[2]) if named else (DEFAULT_SOURCE, given)
+    for given in listed(inputs):
+        source, place = _parted(given)
         is_hub = isinstance(place, str) and place.startswith(PREFIX)
         for item in [HubDataset(str(place))] if is_hub else find_files(Path(place)):
             key = os.path.realpath(item) if isinstance(item, Path) else str(item)
@@ -49,6 +46,24 @@ def find_sources(
     if not sources:
         raise ArgumentError("no input was named")
     return sources
+
+
+def listed(inputs: PathLike | Iterable[PathLike]) -> list[PathLike]:
+    """The inputs, one or many, as a list."""
+    return [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+
+
+def title(given: PathLike) -> str:
+    """An input with its source, but without the folder it lies in."""
+    source, place = _parted(given)
+    if not str(place).startswith(PREFIX):
+        place = Path(os.path.abspath(place)).name
+    return f"{source}={place}"
+
+
+def _parted(given: PathLike) -> tuple[str, PathLike]:
+    named = NAMED.fullmatch(given) if isinstance(given, str) else None
+    return (named[1], named[2]) if named else (DEFAULT_SOURCE, given)
 
 
 def find_files(path: Path) -> list[Path]:
