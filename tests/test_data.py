@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import os
+import random
 import re
 import threading
 from pathlib import Path
@@ -259,7 +260,8 @@ def test_check_finds_everything_and_repair_mends_it(tmp_path):
     total, kept = report.total, report.total.kept
     counts = {key: finding.count for key, finding in total.findings.items()}
     assert counts == {
-        "damaged": 1, "invalid": 1, "lost": 1, "duplicates": 1, "empty": 1, "over_long": 1,
+        "damaged": 1, "invalid": 1, "foreign": 0, "lost": 1, "duplicates": 1, "empty": 1,
+        "over_long": 1,
     }  # fmt: skip
     assert total.documents == 7
     assert "line 3" in total.findings["damaged"].examples[0]
@@ -275,6 +277,38 @@ def test_check_finds_everything_and_repair_mends_it(tmp_path):
         key: finding.count for key, finding in check(mended, max_bytes=100).total.findings.items()
     }
     assert again == dict.fromkeys(counts, 0) | {"lost": 1, "duplicates": again["duplicates"]}
+
+
+STORY = "Era uma vez um gato que dormia no jardim de uma casa. Não havia ninguém. "
+
+
+@pytest.mark.parametrize(
+    ("data", "foreign"),
+    [
+        ("从前有一只猫，它很高兴。\n".encode("gb18030") * 9, True),
+        ("一只猫很高兴。".encode("gb18030") * 9, True),  # a single line
+        (random.Random(1).randbytes(3000), True),
+        (("Жил-был кот.\n" * 9).encode("koi8-r") + b"English. " * 30, True),
+        ("“Yes,” he said.\n".encode("cp1252") * 3, False),  # few
+        ((STORY * 20).encode("cp1252"), False),
+        (("从前有一只猫，它很高兴。\n" * 99).encode() + b"\xff\x93\n" * 11, False),
+    ],
+)
+def test_text_in_another_encoding_is_not_called_mended(tmp_path, data, foreign):
+    pytest.importorskip("ftfy")
+    path, mended = tmp_path / "a.txt", tmp_path / "mended.txt"
+    path.write_bytes(data)
+    (tmp_path / "b.txt").write_text("sound")
+    inputs = [path, f"other={tmp_path}/b.txt"]
+    finding = check(inputs).sources["text"].findings["foreign"]
+    assert finding.count == foreign == len(finding.examples)
+    if foreign:
+        with pytest.raises(FormatError, match=r"a\.txt: \d+% of its .* not UTF-8.*iconv -f"):
+            check(inputs, repair=mended)
+        assert not mended.exists()
+    else:
+        check(inputs, repair=mended)
+        assert len(texts(mended)) == 2
 
 
 def test_what_is_counted_is_the_mended_text(tmp_path):

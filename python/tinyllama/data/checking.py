@@ -13,7 +13,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, FormatError
 from ..files import PathLike, whole_file, whole_folder
 from ..formats.checkpoint import TokenType
 from ..formats.sentencepiece import open_processor, read_sentencepiece
@@ -27,6 +27,7 @@ from .splits import text_key
 FINDINGS = {
     "damaged": ("damaged encoding", "mended"),
     "invalid": ("lines with bytes that are not UTF-8", "bytes taken as Windows-1252"),
+    "foreign": ("files in another encoding than UTF-8", "refused"),
     "lost": ("with U+FFFD, a character lost before", "kept as they are"),
     "duplicates": ("duplicates of an earlier one", "dropped"),
     "near": ("near duplicates of an earlier one", "dropped"),
@@ -167,7 +168,7 @@ def check(
 
     Raises ArgumentError when ``repair`` is one of the inputs, would hold nothing or lose the
     prompts of pairs, FormatError when an input's structure (JSON, CSV, Parquet, compression) is
-    damaged.
+    damaged, and when a file to be repaired is in another encoding (``MAX_INVALID_SHARE``).
     """
     if max_bytes < 100:
         raise ArgumentError(f"max_bytes is {max_bytes}, expected at least 100")
@@ -198,6 +199,9 @@ def check(
                     count_tokens(part, kept)
                 if files:
                     files[documents.source].write(data + f"\n{separator}\n".encode())
+        _report_foreign(documents, report)
+        if files and (examples := report.total.findings["foreign"].examples):
+            raise FormatError(examples[0])
         if files and not report.total.kept.documents:
             raise ArgumentError("the repaired file would hold no document")
         if files and documents.n_pairs:
@@ -206,6 +210,17 @@ def check(
                 " which a .txt file would not keep apart"
             )
     return report
+
+
+def _report_foreign(documents: Documents, report: Report) -> None:
+    for source, items in documents.sources.items():
+        for item in items:
+            if isinstance(item, Path) and (share := documents.foreign.get(item)):
+                report.sources[source].findings["foreign"].add(
+                    f"{item}: {share:.0%} of its bytes are not UTF-8: it is in another encoding;"
+                    f" convert it first (iconv -f gb18030 -t utf-8 {item.name} > new.txt, or"
+                    " from whatever encoding it is)"
+                )
 
 
 @contextmanager
