@@ -82,7 +82,11 @@ def test_all_that_reads_text_reads_data_sets(folder, tmp_path):
     for name, given in (("hub", f"hf:{folder}"), ("file", tmp_path / "a.txt")):
         tokenizer.train(given, tmp_path / f"{name}.model", 290)
         prepare(given, tmp_path / f"{name}.model", tmp_path / name, valid_fraction=0.2)
-    for name in ("manifest.json", "train-00000.bin", "valid-00000.bin", "tokenizer.model"):
+    hub, file = (json.loads((tmp_path / n / "manifest.json").read_bytes()) for n in ("hub", "file"))
+    assert hub.pop("made_from")["inputs"] == [f"text=hf:{folder}"]
+    assert file.pop("made_from")["inputs"] == ["text=a.txt"]
+    assert hub == file
+    for name in ("train-00000.bin", "valid-00000.bin", "tokenizer.model"):
         assert (tmp_path / "hub" / name).read_bytes() == (tmp_path / "file" / name).read_bytes()
     assert check(f"hf:{folder}").total.documents == len(STORIES)
 
