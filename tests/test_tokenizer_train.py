@@ -85,6 +85,19 @@ def test_training_is_deterministic_and_the_seed_draws_the_lines(folder):
     assert [row.split("\t")[0] for row in rows][:3] == ["<unk>", "<s>", "</s>"] and len(rows) == 300
 
 
+def test_the_command_names_both_files_and_its_help_the_sizes(folder, tmp_path, capsys):
+    out = tmp_path / "t.model"
+    train = ["tokenizer", "train", str(folder / "english.txt"), "--out", str(out), "--vocab-size"]
+    assert cli.main([*train, "300"]) == 0
+    assert f"wrote {out} and {tmp_path / 't.vocab'}: 300 tokens" in capsys.readouterr().out
+    assert cli.main([*train, "1"]) == cli.main([*train, "1", "--no-byte-fallback"]) == 2
+    refused = capsys.readouterr().err
+    assert "expected 261 to 1048576" in refused and "expected 5 to 1048576" in refused
+    with pytest.raises(SystemExit):
+        cli.main(["tokenizer", "train", "--help"])
+    assert "261 (5 without byte tokens) to 1048576" in " ".join(capsys.readouterr().out.split())
+
+
 def test_every_line_is_as_likely_to_be_drawn():
     drawn = np.zeros(20)
     for seed in range(2000):

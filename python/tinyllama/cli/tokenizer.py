@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .data import INPUTS, add_input_arguments
@@ -36,8 +37,18 @@ def _register_train(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_input_arguments(parser)
-    parser.add_argument("--vocab-size", type=int, required=True, help="number of tokens")
-    parser.add_argument("--out", required=True, metavar="FILE.model", help="the file to write")
+    parser.add_argument(
+        "--vocab-size",
+        type=int,
+        required=True,
+        help="number of tokens: 261 (5 without byte tokens) to 1048576, 2,000 to 4,000 as a rule",
+    )
+    parser.add_argument(
+        "--out",
+        required=True,
+        metavar="FILE.model",
+        help="the file to write; its pieces and scores go into FILE.vocab, to be read by people",
+    )
     parser.add_argument(
         "--character-coverage",
         type=float,
@@ -100,7 +111,8 @@ def run_train(args: argparse.Namespace) -> None:
         field=args.field,
         separator=args.separator,
     )
-    print(f"wrote {args.out}: {len(vocabulary):,} tokens")
+    vocab = Path(args.out).with_suffix(".vocab")
+    print(f"wrote {args.out} and {vocab}: {len(vocabulary):,} tokens")
 
 
 def run_show(args: argparse.Namespace) -> None:
