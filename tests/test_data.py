@@ -249,6 +249,24 @@ def test_cut_loses_nothing_and_keeps_the_limit(max_bytes):
     assert "".join("".join(pieces).split()) == "".join(text.split())
 
 
+def test_a_folder_that_holds_something_else_is_named(tmp_path):
+    for folder, files in (
+        ("of a model", ("config.json", "model.safetensors", "tokenizer.json")),
+        ("of an old model", ("config.json", "pytorch_model.bin")),
+        ("of prepared tokens", ("manifest.json", "train-00000.bin", "tokenizer.model")),
+    ):
+        (tmp_path / folder).mkdir()
+        for name in files:
+            (tmp_path / folder / name).write_text("{}")
+        with pytest.raises(ArgumentError, match=f"{folder}: .*, not of text$"):
+            Documents(tmp_path / folder)
+    (tmp_path / "config.json").write_text('["text"]')
+    for kind in ("of a model", "of an old model", "of prepared tokens"):
+        for file in (tmp_path / kind).iterdir():
+            file.unlink()
+    assert texts(tmp_path) == ["text"]
+
+
 def test_check_finds_everything_and_repair_mends_it(tmp_path):
     pytest.importorskip("ftfy")
     path, mended = tmp_path / "a.txt", tmp_path / "mended.txt"

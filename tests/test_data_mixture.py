@@ -118,3 +118,11 @@ def test_folders_without_sources_have_one(tokens, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(FormatError, match="its sources have 17 documents, its shards 42"):
         TokenFolder(tmp_path).split("train")
+
+
+@pytest.mark.parametrize("name", ["a.txt", "folder", "nothing"])
+def test_what_is_no_folder_of_tokens_is_named(tmp_path, name):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileNotFoundError, match=f"{name}: no folder of prepared tokens: make one"):
+        TokenFolder(tmp_path / name)

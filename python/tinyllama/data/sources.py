@@ -6,6 +6,7 @@ import glob
 import os
 import re
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 from ..errors import ArgumentError
@@ -69,6 +70,7 @@ def _parted(given: PathLike) -> tuple[str, PathLike]:
 def find_files(path: Path) -> list[Path]:
     """The files that a file, a folder or a glob stands for, in order."""
     if path.is_dir():
+        _refuse_what_is_no_text(path)
         files = sorted(
             file
             for file in path.rglob("*")
@@ -86,6 +88,15 @@ def find_files(path: Path) -> list[Path]:
     if not files:
         raise FileNotFoundError(f"{path}: no file matches that ends in {', '.join(KINDS)}")
     return files
+
+
+def _refuse_what_is_no_text(folder: Path) -> None:
+    # Their .json files would be read as records, and what is wrong with them told.
+    weights = chain(folder.glob("*.safetensors"), folder.glob("*.bin"))
+    if (folder / "config.json").is_file() and any(weights):
+        raise ArgumentError(f"{folder}: the folder of a model, not of text")
+    if (folder / "manifest.json").is_file() and any(folder.glob("train-*.bin")):
+        raise ArgumentError(f"{folder}: a folder of prepared tokens, not of text")
 
 
 def kind_of(path: Path) -> tuple[str | None, str | None]:

@@ -22,12 +22,17 @@ UNSCORED = -100  # a target that is no target: what torch's cross_entropy passes
 class TokenFolder:
     """A folder made by ``tinyllama data prepare``: its manifest, checked, and its splits.
 
-    Raises OSError when a file cannot be read, FormatError when the manifest is damaged.
+    Raises OSError when ``path`` is no such folder or a file in it cannot be read, FormatError when
+    the manifest is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         source = self.path / "manifest.json"
+        if not source.is_file():
+            raise FileNotFoundError(
+                f"{path}: no folder of prepared tokens: make one with `tinyllama data prepare`"
+            )
         raw = source.read_bytes()
         self.sha256 = hashlib.sha256(raw).hexdigest()
         try:
