@@ -112,6 +112,15 @@ def test_a_report_of_one_source_and_of_nothing(tmp_path):
     assert "<td>empty</td>" in (tmp_path / "a.html").read_text()
 
 
+@pytest.mark.parametrize("text", ["", "\n", "\n<|endoftext|>\n\n"])
+def test_a_check_of_no_text_says_so(tmp_path, capsys, text):
+    (tmp_path / "a.txt").write_text(text)
+    assert main(["data", "check", str(tmp_path / "a.txt")]) == 2
+    printed = capsys.readouterr()
+    assert "kept 0, 0 bytes" in printed.out
+    assert printed.err.endswith("tinyllama: error: the inputs hold no text\n")
+
+
 def test_a_page_that_cannot_be_written_is_refused_first(inputs, tmp_path, capsys):
     for place, message in (("a.txt", "ends in .html"), ("none/a.html", "does not exist")):
         arguments = [

@@ -16,6 +16,7 @@ import pytest
 
 from random_models import tiny_checkpoint
 from tinyllama import tokenizer
+from tinyllama.cli import main
 from tinyllama.data import prepare, shards
 from tinyllama.data.splits import is_validation
 from tinyllama.errors import ArgumentError, FormatError
@@ -306,6 +307,16 @@ def test_sources_lie_one_after_another_and_are_counted(tmp_path, model):
             )
         assert documents_in(out, side) == expected
         assert splits[side]["sources"] == counts
+
+
+def test_a_tokenizer_that_does_not_know_the_script_is_told_of(tmp_path, model, capsys):
+    write_stories(tmp_path / "known.txt")
+    (tmp_path / "unknown.txt").write_text("Жил-был кот.\n<|endoftext|>\nЖила-была собака.")
+    for name, hint in (("known", ""), ("unknown", "tinyllama: only ")):
+        inputs, out = str(tmp_path / f"{name}.txt"), str(tmp_path / name)
+        assert main(["data", "prepare", inputs, "--tokenizer", str(model), "--out", out]) == 0
+        told = [line for line in capsys.readouterr().err.splitlines() if "bytes per token" in line]
+        assert [line[: len(hint)] for line in told] == [hint] * bool(hint)
 
 
 def test_more_than_65535_tokens_need_four_bytes(tmp_path):

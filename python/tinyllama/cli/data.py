@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 from ..data.documents import SEPARATOR
 from ..errors import ArgumentError
@@ -12,6 +13,9 @@ from ..files import check_place
 
 if TYPE_CHECKING:
     from ..data.checking import Report
+
+# What is spelled in bytes has 1, Chinese by 3,000 tokens of its own 2.7.
+POOR_BYTES_PER_TOKEN = 1.5
 
 INPUTS = """\
 Inputs are files, folders or globs: .txt (documents end at a line <|endoftext|>; without one
@@ -171,6 +175,8 @@ def run_check(args: argparse.Namespace) -> None:
 
         report_page(report).write(args.report)
         print(f"wrote {args.report}")
+    if not report.total.kept.documents:
+        raise ArgumentError("the inputs hold no text")
 
 
 def _print_report(report: Report, repaired: bool) -> None:
@@ -226,4 +232,18 @@ def run_prepare(args: argparse.Namespace) -> None:
             print(f"{title}: {count['documents']:,} documents, {tokens:,} tokens{rate}{pairs}")
     if manifest["left_out"]:
         print(f"left out of train: {manifest['left_out']:,} documents that valid has")
+    _hint_at_tokenizer(manifest)
     print(f"wrote {args.out}")
+
+
+def _hint_at_tokenizer(manifest: dict[str, Any]) -> None:
+    """Say so where the tokenizer hardly has more than single bytes for this text."""
+    splits = manifest["splits"].values()
+    n_bytes = sum(split["bytes"] for split in splits)
+    n_tokens = sum(split["tokens"] - 2 * split["documents"] for split in splits)  # without the ends
+    if n_bytes < POOR_BYTES_PER_TOKEN * n_tokens:
+        print(
+            f"tinyllama: only {n_bytes / n_tokens:.2f} bytes per token: the tokenizer hardly knows"
+            " this language or script; make one of this text with `tinyllama tokenizer train`",
+            file=sys.stderr,
+        )
