@@ -237,13 +237,13 @@ def run_prepare(args: argparse.Namespace) -> None:
 
 
 def _hint_at_tokenizer(manifest: dict[str, Any]) -> None:
-    """Say so where the tokenizer hardly has more than single bytes for this text."""
-    splits = manifest["splits"].values()
-    n_bytes = sum(split["bytes"] for split in splits)
-    n_tokens = sum(split["tokens"] - 2 * split["documents"] for split in splits)  # without the ends
-    if n_bytes < POOR_BYTES_PER_TOKEN * n_tokens:
-        print(
-            f"tinyllama: only {n_bytes / n_tokens:.2f} bytes per token: the tokenizer hardly knows"
-            " this language or script; make one of this text with `tinyllama tokenizer train`",
-            file=sys.stderr,
-        )
+    """Say so where the tokenizer has hardly more than single bytes for a source."""
+    for source in manifest["splits"]["train"]["sources"]:
+        n_tokens = source["tokens"] - 2 * source["documents"]  # without begin and end
+        if source["bytes"] < POOR_BYTES_PER_TOKEN * n_tokens:
+            print(
+                f"tinyllama: {source['name']}: only {source['bytes'] / n_tokens:.2f} bytes per"
+                " token: the tokenizer hardly knows this language or script; make one of this text"
+                " with `tinyllama tokenizer train`",
+                file=sys.stderr,
+            )

@@ -155,11 +155,11 @@ def check(
     """Look through the documents of ``inputs`` (see ``Documents``) for damage; mend it on demand.
 
     Found are: UTF-8 that was read as another encoding and written again (``â€œ`` for ``“``), bytes
-    that are not UTF-8, replacement characters, documents that repeat an earlier one (white space
-    aside), empty ones, and those longer than ``max_bytes`` of UTF-8. With ``near``, 0.5 to 1, also
-    documents whose runs of five words are to so large a part (Jaccard index) those of an earlier
-    one that is kept; the texts are written to a temporary file for it (see ``NearDuplicates``).
-    With ``tokenizer``, a ``.model`` file or a model, tokens are counted.
+    that are not UTF-8, files full of them, replacement characters, documents that repeat an
+    earlier one (white space aside), empty ones, and those longer than ``max_bytes`` of UTF-8. With
+    ``near``, 0.5 to 1, also documents whose runs of five words are to so large a part (Jaccard
+    index) those of an earlier one that is kept; the texts are written to a temporary file for it
+    (see ``NearDuplicates``). With ``tokenizer``, a ``.model`` file or a model, tokens are counted.
 
     ``repair`` names a ``.txt`` file to write, or a new folder for a ``.txt`` file of each source:
     encoding mended, duplicates, near duplicates and empty documents left out, long ones cut at
