@@ -11,6 +11,8 @@ import torch
 
 from tinyllama.cli import main
 from tinyllama.errors import ConfigError
+from tinyllama.train.checkpoint import find_checkpoint, load_state
+from tinyllama.train.metrics import read_records, series
 from tinyllama.train.model import Llama
 from tinyllama.train.recipe import (
     FREE_SETTINGS,
@@ -21,7 +23,7 @@ from tinyllama.train.recipe import (
     read_toml,
     recipe_from_dict,
 )
-from tinyllama.train.sizing import parse_size, sized_recipe
+from tinyllama.train.sizing import parse_size, sized_recipe, tuned_recipe
 
 SMALL = """\
 steps = 10
@@ -112,6 +114,24 @@ def test_epochs_become_steps() -> None:
     assert recipe.for_windows(1000).steps == 125
     assert recipe.for_windows(1001).steps == 126  # every window three times at least
     assert load_preset("stories15m").for_windows(1000).steps == 100_000
+
+
+def test_a_short_run_reaches_its_rate(tmp_path: Path) -> None:
+    recipe = tuned_recipe(load_preset("stories260k").model, "bundled")
+    assert recipe.for_windows(10_000).warmup_steps == recipe.warmup_steps == 20
+    short = recipe.for_windows(int(recipe.batch_size * 30 / recipe.epochs))
+    assert (short.steps, short.warmup_steps) == (30, 3)
+    assert max(map(short.lr_fraction, range(30))) == 1.0
+    assert short.for_windows(int(recipe.batch_size * 30 / recipe.epochs)) == short
+
+
+def test_a_size_of_few_steps_reaches_its_rate(tokens: Path, tmp_path: Path) -> None:
+    few = "--set steps=10 --set every_eval=0 --set every_sample=0 --set compile=no"
+    command = f"train --size 100K {few} --data {tokens} --out {tmp_path / 'run'}"
+    assert main(command.split()) == 0
+    rates = series(read_records(tmp_path / "run"), "learning_rate")[0]
+    assert rates[-1] == pytest.approx(0.1 / 0.9 * sized_recipe(10**5, 300, 10**5).learning_rate)
+    assert load_state(find_checkpoint(tmp_path / "run")).recipe["warmup_steps"] == 1
 
 
 def test_every_preset_loads_and_survives_a_round_trip() -> None:

@@ -155,7 +155,7 @@ def train(args: argparse.Namespace) -> int:
         from ..train.sizing import tuned_recipe
 
         values = tuned_recipe(read_start(args.start).config, args.start).to_dict()
-        recipe = recipe_from_dict(values, f"--from {args.start}", settings)
+        recipe = recipe_from_dict(values, f"--from {args.start}", settings).with_short_warmup()
     elif args.size:
         from ..train.batches import TokenFolder
         from ..train.sizing import parse_size, sized_recipe
@@ -163,7 +163,7 @@ def train(args: argparse.Namespace) -> int:
         folder = TokenFolder(args.data)
         n_tokens = folder.split("train").n_tokens
         values = sized_recipe(parse_size(args.size), folder.vocab_size, n_tokens).to_dict()
-        recipe = recipe_from_dict(values, f"--size {args.size}", settings)
+        recipe = recipe_from_dict(values, f"--size {args.size}", settings).with_short_warmup()
     else:
         from ..train.checkpoint import find_checkpoint, load_state
 

@@ -45,7 +45,7 @@ class Recipe:
     is saved too. The last ``keep_checkpoints`` and the best stay; 0: all of them. ``init_from``
     names a run, or a model that ``load`` reads ("bundled": the one that ships), whose weights are
     the starting point. With ``epochs``, ``steps`` follows from the data, which are seen so many
-    times. ``weights`` mixes the data: how often an epoch has the documents of a source, by its
+    times, and the warm-up is a tenth of them at most. ``weights`` mixes the data: how often an epoch has the documents of a source, by its
     name; 1 unless given, 0.5 is half of them, 2.5 all of them twice and half once more
     (``batches.mixture``). With ``document_mask`` attention ends where a document begins, though a
     window holds several. ``dtype``, ``compile`` and ``device`` "auto" mean: bf16 where the
@@ -148,9 +148,12 @@ class Recipe:
         if not self.epochs:
             return self
         per_step = self.batch_size * self.grad_accum
-        return dataclasses.replace(
-            self, steps=math.ceil(self.epochs * windows_per_epoch / per_step)
-        )
+        steps = math.ceil(self.epochs * windows_per_epoch / per_step)
+        return dataclasses.replace(self, steps=steps).with_short_warmup()
+
+    def with_short_warmup(self) -> Recipe:
+        """The recipe with a warm-up of a tenth of its steps at most: then its rate is reached."""
+        return dataclasses.replace(self, warmup_steps=min(self.warmup_steps, self.steps // 10))
 
     def lr_fraction(self, step: int) -> float:
         """The learning rate of step ``step`` (from 0) as a fraction of its peak."""
