@@ -157,6 +157,7 @@ def write_checkpoint(run: Path, snapshot: Snapshot, n_kept: int) -> Path:
                 save_file(snapshot.optimizers, part / "trainer.safetensors")
             except SafetensorError as error:  # its name for what the system says
                 raise OSError(f"{folder / 'trainer.safetensors'}: {error}") from None
+            shutil.copymode(part / "config.json", part / "trainer.safetensors")  # it was private
             (part / "trainer.json").write_bytes(_manifest(part, state))
     _point(run / "LATEST", folder.name)
     if state.is_best:
