@@ -219,6 +219,22 @@ def test_runs_compared_by_hand(tmp_path: Path, capsys: Any) -> None:
     for row in rows:
         assert re.search(r"\s{2,}".join(map(re.escape, row)), said)
     assert page.read_text().count("<svg") == 4 and "different text" not in said
+    assert "Their recipes are the same." in said
+
+
+def test_runs_compared_say_what_their_recipes_differ_in(tmp_path: Path, capsys: Any) -> None:
+    a, b = (write_run(tmp_path / name, [(100, 10.0, 3.0)]) for name in "ab")
+    metrics = tmp_path / "b" / "metrics.jsonl"
+    text = metrics.read_text().replace('"dropout": 0.1', '"dropout": 0.25')
+    metrics.write_text(text.replace('"dim": 16', '"dim": 24'))
+    found = Comparison([a, b])
+    header, rows = found.differences()
+    assert header == ["setting", a, b]
+    assert sorted(rows) == [["dropout", "0.1", "0.25"], ["model.dim", "16", "24"]]
+    assert main(["train", "compare", a, b, "--out", str(tmp_path / "page.html")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"dropout\s+0.1\s+0.25\n", said) and "are the same" not in said
+    assert ["model.dim", "16", "24"] in table_rows(tmp_path / "page.html")
 
 
 def test_a_comparison_that_says_nothing_says_so(tmp_path: Path, capsys: Any) -> None:
@@ -230,7 +246,7 @@ def test_a_comparison_that_says_nothing_says_so(tmp_path: Path, capsys: Any) -> 
     for runs, error, message in (
         ([a], ArgumentError, "two runs or more"),
         ([a, b, a], ArgumentError, "named twice"),
-        ([a, c], FormatError, "c.metrics.jsonl: no record has 'bits_per_byte'"),
+        ([a, c], ArgumentError, "c has no validation yet"),
         ([a, tmp_path / "d"], OSError, "d.metrics.jsonl"),
     ):
         with pytest.raises(error, match=message):

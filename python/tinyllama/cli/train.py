@@ -195,13 +195,19 @@ def compare(args: argparse.Namespace) -> None:
     if args.out:
         check_place(args.out)
     comparison = Comparison(args.runs)
-    header, rows = comparison.table()
+    _print_table(*comparison.table())
+    for line in comparison.notes():
+        print(line)
+    header, rows = comparison.differences()
+    if rows:
+        _print_table(header, rows)
+    if args.out:
+        comparison.page().write(args.out)
+        print(f"wrote {args.out}")
+
+
+def _print_table(header: list[str], rows: list[list[object]]) -> None:
     cells = [header, *([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         print("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip())
-    for line in comparison.notes():
-        print(line)
-    if args.out:
-        comparison.page().write(args.out)
-        print(f"wrote {args.out}")

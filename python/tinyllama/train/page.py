@@ -39,10 +39,15 @@ def run_page(run: Path) -> Page:
     _add_validations(page, records)
     _add_samples(page, records)
     page.heading("Recipe")
-    recipe = dict(beginning["recipe"])
-    recipe |= {f"model.{field}": value for field, value in recipe.pop("model").items()}
-    page.table(["setting", "value"], [[key, str(value)] for key, value in recipe.items()])
+    settings = flat(beginning["recipe"])
+    page.table(["setting", "value"], [[key, str(value)] for key, value in settings.items()])
     return page
+
+
+def flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's settings by the names that ``--set`` takes."""
+    model = {f"model.{field}": value for field, value in recipe["model"].items()}
+    return {key: value for key, value in recipe.items() if key != "model"} | model
 
 
 def newest(records: Records, field: str, run: Path) -> dict[str, Any]:
