@@ -10,6 +10,7 @@ import os
 import re
 import signal
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ from tinyllama.cli import main  # noqa: E402
 from tinyllama.errors import ArgumentError, FormatError  # noqa: E402
 from tinyllama.train.compare import Comparison  # noqa: E402
 from tinyllama.train.metrics import read_records, series  # noqa: E402
-from tinyllama.train.page import run_page, smoothed  # noqa: E402
+from tinyllama.train.page import energy_text, mass_text, run_page, smoothed  # noqa: E402
 from tinyllama.train.trainer import Trainer  # noqa: E402
 
 RECIPE = dataclasses.replace(RECIPE, steps=12, every_eval=4, every_save=5, every_sample=6)
@@ -80,6 +81,8 @@ def test_energy_is_read_where_the_run_is_judged_and_goes_on(tokens: Path, tmp_pa
 
     first.step = step_then_stop  # type: ignore[method-assign]
     first.train()
+    page = (tmp_path / "report.html").read_text()
+    assert "stopped after step 5; the same command goes on" in page and "under way" not in page
     used = series(first.metrics.records, "step", "kwh", "kg_co2eq")
     np.testing.assert_array_equal(used, [[4, 5], [1, 2], [0.25, 0.5]])
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -91,10 +94,14 @@ def test_energy_is_read_where_the_run_is_judged_and_goes_on(tokens: Path, tmp_pa
     np.testing.assert_array_equal(used[2], used[1] / 4)
     cells = table_rows(tmp_path / "report.html")
     rows = [row for row in cells if row[0] in ("4", "8", "12") and len(row) == 9]
-    assert [row[-2:] for row in rows] == [["1", "0.25"], ["3", "0.75"], ["5", "1.25"]]
+    assert [row[-2:] for row in rows] == [
+        ["1 kWh", "250 g"],
+        ["3 kWh", "750 g"],
+        ["5 kWh", "1.25 kg"],
+    ]
     page = html.unescape((tmp_path / "report.html").read_text())
     assert "estimates, of the whole machine, by nobody; <constant>" in page
-    assert "kWh (estimated)" in page
+    assert "energy (estimated)" in page
 
 
 def table_rows(page: Path) -> list[list[str]]:
@@ -111,7 +118,7 @@ def test_the_page_shows_what_the_metrics_hold_and_loads_nothing(run: Path) -> No
     assert "Training of a &lt;run&gt;" in text and "<run>" not in text
     assert not re.search(r"<(script|link|img)|url\((?!#)|@import", text)
     assert all(a.startswith("#") for a in re.findall(r'(?:src|href)="([^"]*)"', text))
-    assert "kWh" not in text  # nobody measured
+    assert "Wh" not in text  # nobody measured
     rows = table_rows(run / "report.html")
     records = read_records(run)
     for r in records:
@@ -124,7 +131,8 @@ def test_the_page_shows_what_the_metrics_hold_and_loads_nothing(run: Path) -> No
                 f"{r['bits_per_byte']:.4f}",
             ] in [[*row[:2], rows[4][1], *row[3:]] for row in rows]
         if "sample" in r:
-            assert [str(r["step"]), r["sample"]] in rows
+            step, sample = r["step"], html.escape(r["sample"])
+            assert f"<p>step {step}</p>\n<pre>{sample}</pre>" in text
     assert ["parameters", f"{CONFIG.n_parameters:,}"] in rows
     assert ["muon_learning_rate", "0.01"] in rows and ["model.dim", "16"] in rows
 
@@ -132,12 +140,14 @@ def test_the_page_shows_what_the_metrics_hold_and_loads_nothing(run: Path) -> No
 def test_a_page_of_a_run_under_way(run: Path, tmp_path: Path, capsys: Any) -> None:
     """Made by another process, from however much is there."""
     lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    then = time.mktime((2001, 9, 8, 10, 20, 0, 0, 0, -1))
     for n in range(1, next(i for i, line in enumerate(lines) if '"step": 12' in line)):
         (tmp_path / "metrics.jsonl").write_text("".join(lines[:n]) + lines[n][:20])
+        os.utime(tmp_path / "metrics.jsonl", (then, then))
         assert main(["train", "report", str(tmp_path)]) == 0
         text = (tmp_path / "report.html").read_text(encoding="utf-8")
-        assert "under way" in text and "Recipe" in text
-        assert ("time left" in text) == any("train_nats" in line for line in lines[:n])
+        assert "under way at its last record, 10:20 on 2001-09-08" in text and "Recipe" in text
+        assert ("left to train" in text) == any("train_nats" in line for line in lines[:n])
     (tmp_path / "metrics.jsonl").write_text("{}}\n" + lines[0])
     assert main(["train", "report", str(tmp_path)]) == 2
     assert "metrics.jsonl: line 1 is not JSON" in capsys.readouterr().err
@@ -219,6 +229,22 @@ def test_runs_compared_by_hand(tmp_path: Path, capsys: Any) -> None:
     for row in rows:
         assert re.search(r"\s{2,}".join(map(re.escape, row)), said)
     assert page.read_text().count("<svg") == 4 and "different text" not in said
+    assert "Their recipes are the same." in said
+
+
+def test_runs_compared_say_what_their_recipes_differ_in(tmp_path: Path, capsys: Any) -> None:
+    a, b = (write_run(tmp_path / name, [(100, 10.0, 3.0)]) for name in "ab")
+    metrics = tmp_path / "b" / "metrics.jsonl"
+    text = metrics.read_text().replace('"dropout": 0.1', '"dropout": 0.25')
+    metrics.write_text(text.replace('"dim": 16', '"dim": 24'))
+    found = Comparison([a, b])
+    header, rows = found.differences()
+    assert header == ["setting", a, b]
+    assert sorted(rows) == [["dropout", "0.1", "0.25"], ["model.dim", "16", "24"]]
+    assert main(["train", "compare", a, b, "--out", str(tmp_path / "page.html")]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"dropout\s+0.1\s+0.25\n", said) and "are the same" not in said
+    assert ["model.dim", "16", "24"] in table_rows(tmp_path / "page.html")
 
 
 def test_a_comparison_that_says_nothing_says_so(tmp_path: Path, capsys: Any) -> None:
@@ -230,7 +256,7 @@ def test_a_comparison_that_says_nothing_says_so(tmp_path: Path, capsys: Any) -> 
     for runs, error, message in (
         ([a], ArgumentError, "two runs or more"),
         ([a, b, a], ArgumentError, "named twice"),
-        ([a, c], FormatError, "c.metrics.jsonl: no record has 'bits_per_byte'"),
+        ([a, c], ArgumentError, "c has no validation yet"),
         ([a, tmp_path / "d"], OSError, "d.metrics.jsonl"),
     ):
         with pytest.raises(error, match=message):
@@ -254,3 +280,23 @@ def test_the_verbs_leave_training_as_it_was(tokens: Path, tmp_path: Path, capsys
     samples = [r for r in records if "sample" in r]
     assert [(r["step"], r["prompt"]) for r in samples] == [(1, "the cat")]
     assert samples[0]["sample"].startswith("the cat")
+    said = capsys.readouterr().err
+    assert f"next: tinyllama export {tmp_path / 'run'} --out model.gguf" in said
+    assert f"<td>--config {config}</td>" in (tmp_path / "run" / "report.html").read_text()
+    before = read_records(tmp_path / "run")
+    assert main(["train", *arguments, *more]) == 0
+    said = capsys.readouterr().err
+    assert "already finished: all 1 steps are made" in said and "next: tinyllama export" in said
+    assert read_records(tmp_path / "run") == before
+
+
+@pytest.mark.parametrize(
+    ("kwh", "kg", "texts"),
+    [
+        (15.5, 5.0, ("15.5 kWh", "5 kg")),
+        (0.0625, 0.25, ("62.5 Wh", "250 g")),
+        (2.5e-5, 4.5e-6, ("0.025 Wh", "4.5 mg")),
+    ],
+)
+def test_small_energies_can_be_read(kwh: float, kg: float, texts: tuple[str, str]) -> None:
+    assert (energy_text(kwh), mass_text(kg)) == texts

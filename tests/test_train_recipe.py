@@ -11,6 +11,8 @@ import torch
 
 from tinyllama.cli import main
 from tinyllama.errors import ConfigError
+from tinyllama.train.checkpoint import find_checkpoint, load_state
+from tinyllama.train.metrics import read_records, series
 from tinyllama.train.model import Llama
 from tinyllama.train.recipe import (
     FREE_SETTINGS,
@@ -21,7 +23,7 @@ from tinyllama.train.recipe import (
     read_toml,
     recipe_from_dict,
 )
-from tinyllama.train.sizing import parse_size, sized_recipe
+from tinyllama.train.sizing import parse_size, sized_recipe, tuned_recipe
 
 SMALL = """\
 steps = 10
@@ -112,6 +114,32 @@ def test_epochs_become_steps() -> None:
     assert recipe.for_windows(1000).steps == 125
     assert recipe.for_windows(1001).steps == 126  # every window three times at least
     assert load_preset("stories15m").for_windows(1000).steps == 100_000
+
+
+def test_a_short_run_reaches_its_rate(tmp_path: Path) -> None:
+    recipe = tuned_recipe(load_preset("stories260k").model, "bundled")
+    assert recipe.for_windows(10_000).warmup_steps == recipe.warmup_steps == 20
+    short = recipe.for_windows(int(recipe.batch_size * 30 / recipe.epochs))
+    assert (short.steps, short.warmup_steps) == (30, 3)
+    assert max(map(short.lr_fraction, range(30))) == 1.0
+    assert short.for_windows(int(recipe.batch_size * 30 / recipe.epochs)) == short
+
+
+def test_a_size_of_few_steps_reaches_its_rate(tokens: Path, tmp_path: Path) -> None:
+    few = "--set steps=10 --set every_eval=0 --set every_sample=0 --set compile=no"
+    command = f"train --size 100K {few} --data {tokens} --out {tmp_path / 'run'}"
+    assert main(command.split()) == 0
+    rates = series(read_records(tmp_path / "run"), "learning_rate")[0]
+    assert rates[-1] == pytest.approx(0.1 / 0.9 * sized_recipe(10**5, 300, 10**5).learning_rate)
+    assert load_state(find_checkpoint(tmp_path / "run")).recipe["warmup_steps"] == 1
+
+
+def test_the_help_names_the_presets(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    said = capsys.readouterr().out
+    assert all(name in said for name in preset_names() if not name.startswith("bundled_"))
+    assert "bundled_1" not in said and "docs/recipes.md" in said
 
 
 def test_every_preset_loads_and_survives_a_round_trip() -> None:
@@ -214,10 +242,11 @@ def test_the_page_of_recipes_has_every_key_and_its_default(tmp_path: Path) -> No
     (tmp_path / "my.toml").write_text(example)
     assert load_recipe(tmp_path / "my.toml", fast=True).steps == 600
     rows = dict(re.findall(r"^\| `(\w+)` \| (?:`(.*?)`|.*?) \|", page, re.MULTILINE))
-    fields = {field.name: field for field in dataclasses.fields(Recipe)}
-    assert sorted(rows) == sorted(fields.keys() - {"model", "weights"})
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    assert sorted(rows) == sorted(fields - {"model", "weights"})
+    plain = Recipe(load_preset("stories1m").model)
     for name, default in rows.items():
         if default:
-            assert read_toml(f"value = {default}", name)["value"] == fields[name].default, name
+            assert read_toml(f"value = {default}", name)["value"] == getattr(plain, name), name
     (free,) = re.findall(r"what is learned: (.*?)\. Everything", page, re.DOTALL)
     assert re.findall(r"`(\w+)`", free) == list(FREE_SETTINGS)

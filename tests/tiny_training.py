@@ -63,12 +63,13 @@ def write_tokens(folder: Path) -> Path:
 
 
 def learned(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """What a run has recorded of its learning: without clocks, and without where it began."""
+    """What a run has recorded of its learning: without clocks, and without where it began
+    and stopped."""
     clocks = ("seconds", "tok_per_s", "peak_share")
     return [
         {key: value for key, value in record.items() if key not in clocks}
         for record in records
-        if "recipe" not in record
+        if "recipe" not in record and "stopped" not in record
     ]
 
 

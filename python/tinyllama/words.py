@@ -15,3 +15,9 @@ _WORD = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 def words(text: str) -> list[str]:
     """The runs of letters and digits of a text in lower case, and the characters of UNSPACED."""
     return _WORD.findall(text.lower())
+
+
+def first_words(text: str, n: int) -> str:
+    """A text up to the end of its ``n``-th word; empty where it has no word."""
+    ends = [word.end() for word, _ in zip(_WORD.finditer(text), range(n), strict=False)]
+    return text[: ends[-1]] if ends else ""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 from ..errors import ArgumentError
@@ -44,6 +46,9 @@ They share each step's batch_size × grad_accum windows; --set parallel=fsdp sha
 
 def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command to the command line."""
+    from ..train.recipe import preset_names
+
+    published = [name for name in preset_names() if not name.startswith("bundled_")]
     parser = subparsers.add_parser(
         "train",
         help="train a model from a recipe and prepared tokens",
@@ -61,7 +66,11 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     _register_report(verbs)
     _register_compare(verbs)
     recipe = parser.add_mutually_exclusive_group()
-    recipe.add_argument("--preset", metavar="NAME", help="a recipe of this package, by name")
+    recipe.add_argument(
+        "--preset",
+        metavar="NAME",
+        help=f"a recipe of this package, named for its parameters: {', '.join(published)}",
+    )
     recipe.add_argument(
         "--size",
         metavar="N",
@@ -86,7 +95,8 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="change one value of the recipe, e.g. steps=500 or model.n_layers=4; repeatable",
+        help="change one value of the recipe, e.g. steps=500 or model.n_layers=4; repeatable;"
+        " docs/recipes.md lists the keys",
     )
     parser.add_argument("--data", metavar="DIR", help="prepared token folder")
     parser.add_argument("--out", metavar="RUN", help="folder of the run")
@@ -146,6 +156,7 @@ def train(args: argparse.Namespace) -> int:
         settings.append("tensorboard=true")
     if args.energy:
         settings.append(f"energy={args.energy}")
+    source = _source(args)
     if args.preset:
         recipe = load_preset(args.preset, settings, args.fast)
     elif args.config:
@@ -155,7 +166,7 @@ def train(args: argparse.Namespace) -> int:
         from ..train.sizing import tuned_recipe
 
         values = tuned_recipe(read_start(args.start).config, args.start).to_dict()
-        recipe = recipe_from_dict(values, f"--from {args.start}", settings)
+        recipe = recipe_from_dict(values, source, settings).with_short_warmup()
     elif args.size:
         from ..train.batches import TokenFolder
         from ..train.sizing import parse_size, sized_recipe
@@ -163,20 +174,31 @@ def train(args: argparse.Namespace) -> int:
         folder = TokenFolder(args.data)
         n_tokens = folder.split("train").n_tokens
         values = sized_recipe(parse_size(args.size), folder.vocab_size, n_tokens).to_dict()
-        recipe = recipe_from_dict(values, f"--size {args.size}", settings)
+        recipe = recipe_from_dict(values, source, settings).with_short_warmup()
     else:
         from ..train.checkpoint import find_checkpoint, load_state
 
         previous = find_checkpoint(args.out)
-        source = str(previous / "trainer.json")
-        recipe = recipe_from_dict(load_state(previous).recipe, source, settings)
+        file = str(previous / "trainer.json")
+        recipe = recipe_from_dict(load_state(previous).recipe, file, settings)
     from ..train.trainer import Trainer
 
-    trainer = Trainer(recipe, args.data, args.out)
+    trainer = Trainer(recipe, args.data, args.out, source)
     checkpoint = trainer.train()
+    done = trainer.state.step == trainer.recipe.steps
     if trainer.ranks.is_first:
         print(checkpoint)
-    return 0 if trainer.state.step == trainer.recipe.steps else 130
+        if done:
+            run = shlex.quote(args.out)
+            print(f"next: tinyllama export {run} --out model.gguf", file=sys.stderr)
+    return 0 if done else 130
+
+
+def _source(args: argparse.Namespace) -> str:
+    """Where the recipe is from, as it was typed; empty with --resume: the run itself knows."""
+    choices = {"preset": args.preset, "size": args.size, "from": args.start, "config": args.config}
+    typed = [f"--{name} {value}" for name, value in choices.items() if value]
+    return " ".join([*typed, *(["--fast"] if args.fast else [])])
 
 
 def report(args: argparse.Namespace) -> None:
@@ -195,13 +217,19 @@ def compare(args: argparse.Namespace) -> None:
     if args.out:
         check_place(args.out)
     comparison = Comparison(args.runs)
-    header, rows = comparison.table()
+    _print_table(*comparison.table())
+    for line in comparison.notes():
+        print(line)
+    header, rows = comparison.differences()
+    if rows:
+        _print_table(header, rows)
+    if args.out:
+        comparison.page().write(args.out)
+        print(f"wrote {args.out}")
+
+
+def _print_table(header: list[str], rows: list[list[object]]) -> None:
     cells = [header, *([f"{c:,}" if isinstance(c, int) else str(c) for c in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for row in cells:
         print("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip())
-    for line in comparison.notes():
-        print(line)
-    if args.out:
-        comparison.page().write(args.out)
-        print(f"wrote {args.out}")

@@ -28,6 +28,7 @@ from ..formats.checkpoint import Checkpoint
 from ..loading import find_model
 from .distributed import shared_like, whole
 from .model import Llama, state_to_tensors, tensors_to_state
+from .recipe import FREE_SETTINGS, Recipe, recipe_from_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -157,6 +158,7 @@ def write_checkpoint(run: Path, snapshot: Snapshot, n_kept: int) -> Path:
                 save_file(snapshot.optimizers, part / "trainer.safetensors")
             except SafetensorError as error:  # its name for what the system says
                 raise OSError(f"{folder / 'trainer.safetensors'}: {error}") from None
+            shutil.copymode(part / "config.json", part / "trainer.safetensors")  # it was private
             (part / "trainer.json").write_bytes(_manifest(part, state))
     _point(run / "LATEST", folder.name)
     if state.is_best:
@@ -208,6 +210,32 @@ def load_state(folder: Path) -> TrainerState:
         return TrainerState(**values)
     except TypeError as error:
         raise FormatError(f"{folder / 'trainer.json'}: damaged: {error}") from None
+
+
+def previous_run(run: Path, recipe: Recipe, data_sha256: str) -> Path | None:
+    """The checkpoint to go on from, if ``run`` holds one.
+
+    Raises ConfigError when it is one of another recipe or of other data.
+    """
+    try:
+        folder = find_checkpoint(run)
+    except FileNotFoundError:
+        return None
+    state = load_state(folder)
+    if state.data_sha256 != data_sha256:
+        raise ConfigError(f"{run} was trained on other data (the manifest differs)")
+    try:
+        before = recipe_from_dict(state.recipe, str(folder / "trainer.json")).to_dict()
+    except ConfigError as error:
+        raise FormatError(str(error)) from None
+    now = recipe.to_dict()
+    for key in now:
+        if key not in FREE_SETTINGS and before[key] != now[key]:
+            raise ConfigError(
+                f"{run} holds a run of another recipe: {key} was {before[key]!r},"
+                f" now {now[key]!r}; choose another folder"
+            )
+    return folder
 
 
 def check_files(folder: Path) -> None:

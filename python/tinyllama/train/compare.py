@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import ArgumentError
 from ..report import Page, new_figure
 from .metrics import Records, read_records, series
-from .page import bits_error, dress, duration, newest, plus_minus, smoothed, thinned
+from .page import bits_error, dress, duration, flat, newest, plus_minus, smoothed, thinned
 
 
 class Standing(NamedTuple):
@@ -35,8 +35,8 @@ class Comparison:
     """Runs by their metrics. ``goal``: the bits per byte that all of them reached, which is the
     best of the worst run.
 
-    Raises ArgumentError for one run or two of a name, OSError or FormatError for one that has no
-    validation.
+    Raises ArgumentError for one run, two of a name or one without a validation, OSError or
+    FormatError for one that cannot be read.
     """
 
     def __init__(self, runs: Sequence[str | Path]) -> None:
@@ -48,8 +48,11 @@ class Comparison:
             if name in self.records:
                 raise ArgumentError(f"{name} is named twice")
             self.records[name] = read_records(run)
-            validations.append(newest(self.records[name], "bits_per_byte", run))
             self._beginnings.append(newest(self.records[name], "recipe", run))
+            scores = [record for record in self.records[name] if "bits_per_byte" in record]
+            if not scores:
+                raise ArgumentError(f"{name} has no validation yet")
+            validations.append(scores[-1])
         if len(paths) < 2:
             raise ArgumentError("a comparison takes two runs or more")
         bits = [series(records, "bits_per_byte")[0].min() for records in self.records.values()]
@@ -86,6 +89,9 @@ class Comparison:
         page.table(*self.table(), "± half of a 95 % interval over documents, of a run alone")
         for line in self.notes():
             page.text(line)
+        header, rows = self.differences()
+        if rows:
+            page.table(header, rows, "in what their recipes differ")
         for title, x, y, smooth in (
             ("Validation by tokens", "tokens", "bits_per_byte", False),
             ("Validation by time", "seconds", "bits_per_byte", False),
@@ -125,6 +131,17 @@ class Comparison:
             )
         return header, rows
 
+    def differences(self) -> tuple[list[str], list[list[object]]]:
+        """Header and rows: the settings in which the recipes differ."""
+        recipes = [flat(beginning["recipe"]) for beginning in self._beginnings]
+        settings = list(dict.fromkeys(key for recipe in recipes for key in recipe))
+        rows: list[list[object]] = []
+        for setting in settings:
+            values = [str(recipe.get(setting, "")) for recipe in recipes]
+            if len(set(values)) > 1:
+                rows.append([setting, *values])
+        return ["setting", *self.records], rows
+
     def notes(self) -> list[str]:
         """What has to be said about the table."""
         notes = [
@@ -136,6 +153,8 @@ class Comparison:
             notes.append(
                 "These runs were validated on different text: their bits per byte do not compare."
             )
+        if not self.differences()[1]:
+            notes.append("Their recipes are the same.")
         return notes
 
 

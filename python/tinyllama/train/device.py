@@ -9,9 +9,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..errors import ConfigError
+from .recipe import Recipe
+
+# On a CPU compiling takes a minute or two, which a run of fewer tokens does not win back.
+COMPILED_TOKENS = 1_000_000
 
 
 def choose_device(name: str) -> torch.device:
@@ -41,35 +44,15 @@ def choose_autocast(dtype: str, device: torch.device) -> Callable[[], AbstractCo
     return lambda: torch.autocast(device.type, torch.bfloat16)
 
 
-def maybe_compiled(
-    setting: str, device: torch.device, function: Callable[[Tensor, Tensor], Tensor]
-) -> Callable[[Tensor, Tensor], Tensor]:
-    """``function`` compiled by torch.compile, or itself where that is off or fails.
+def pays_to_compile(recipe: Recipe, device: torch.device) -> bool:
+    """Whether a training is to go through torch.compile: "auto" says where that gains time.
 
-    A failure with "auto" is told in one line on stderr; with "yes" it is raised.
+    It asks the recipe alone, not the step, so that a run goes on as it began.
     """
-    if setting == "no" or (setting == "auto" and device.type == "mps"):
-        return function
-    fast = torch.compile(function)
-    if setting == "yes":
-        return fast
-    chosen: Callable[[Tensor, Tensor], Tensor] | None = None
-
-    def first_try(x: Tensor, y: Tensor) -> Tensor:
-        nonlocal chosen
-        if chosen is not None:
-            return chosen(x, y)
-        try:
-            result = fast(x, y)
-            chosen = fast
-        except Exception as error:  # torch documents no narrower class for "cannot compile"
-            line = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            print(f"torch.compile does not work here, going on without: {line}", file=sys.stderr)
-            chosen = function
-            result = function(x, y)
-        return result
-
-    return first_try
+    if recipe.compile == "auto":
+        long_enough = recipe.steps * recipe.tokens_per_step >= COMPILED_TOKENS
+        return device.type == "cuda" or (device.type == "cpu" and long_enough)
+    return recipe.compile == "yes"
 
 
 def be_deterministic() -> None:

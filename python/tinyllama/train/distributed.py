@@ -8,6 +8,7 @@ did not start there is one rank, and nothing here costs it anything.
 from __future__ import annotations
 
 import os
+import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -70,7 +71,9 @@ class Ranks:
         if self.count == 1:
             return model
         if parallel == "ddp":
-            return DistributedDataParallel(model, broadcast_buffers=False)
+            with warnings.catch_warnings():  # of a new name, which older torch does not know
+                warnings.simplefilter("ignore", FutureWarning)
+                return DistributedDataParallel(model, broadcast_buffers=False)
         mesh = init_device_mesh(self.device.type, (self.count,))
         for layer in model.layers:
             fully_shard(layer, mesh=mesh)

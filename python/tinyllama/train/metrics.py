@@ -23,15 +23,18 @@ MAX_EXPONENT = math.log(sys.float_info.max)
 
 class Metrics:
     """``RUN/metrics.jsonl``: one object a line, each with ``step``, ``tokens`` trained on and
-    ``seconds`` since the start. Beside these
+    ``seconds`` since the start, compilation left out. Beside these
 
-    - a beginning, of the run or of a part that goes on: ``recipe``, ``n_parameters``, ``device``,
-      ``peak_flop_per_s``, ``n_documents`` and ``n_tokens`` to train on, ``valid_bytes``;
+    - a beginning, of the run or of a part that goes on: ``recipe`` and its ``source``, ``version``
+      of this package, ``began`` (local time), ``n_parameters``, ``device``, ``dtype``,
+      ``compiled``, ``peak_flop_per_s``, ``n_documents`` and ``n_tokens`` to train on,
+      ``valid_bytes``;
     - training: ``train_nats``, the mean loss of the step's tokens, ``grad_norm`` before clipping,
       ``learning_rate`` (``muon_learning_rate`` too), and since the last such record ``tok_per_s``
       and ``peak_share``, the model's FLOPs over the measured peak;
     - validation: ``valid_nats`` with its ``standard_error``, ``bits_per_byte``;
     - a ``sample`` that continues ``prompt``;
+    - an end before the last step: ``stopped``, by what;
     - energy since the start: ``kwh``, ``kg_co2eq``, ``estimated_by``.
 
     Records after ``step`` are dropped on opening: they belong to steps that a crash has undone. Of
@@ -67,7 +70,7 @@ class Metrics:
             file.write(json.dumps(record) + "\n")
         if self._board is not None:
             for field, value in values.items():
-                if isinstance(value, (int, float)):
+                if isinstance(value, (int, float)) and not isinstance(value, bool):
                     self._board.add_scalar(field, value, step)
             if "sample" in values:
                 self._board.add_text(str(values["prompt"]), str(values["sample"]), step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,16 +34,21 @@ def run_page(run: Path) -> Page:
     records = read_records(run)
     beginning = newest(records, "recipe", run)
     page = Page(f"Training of {run.resolve().name}")
-    _add_summary(page, records, beginning)
+    _add_summary(page, records, beginning, _last_written(run))
     _add_loss(page, records)
     _add_curves(page, records)
     _add_validations(page, records)
     _add_samples(page, records)
     page.heading("Recipe")
-    recipe = dict(beginning["recipe"])
-    recipe |= {f"model.{field}": value for field, value in recipe.pop("model").items()}
-    page.table(["setting", "value"], [[key, str(value)] for key, value in recipe.items()])
+    settings = flat(beginning["recipe"])
+    page.table(["setting", "value"], [[key, str(value)] for key, value in settings.items()])
     return page
+
+
+def flat(recipe: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's settings by the names that ``--set`` takes."""
+    model = {f"model.{field}": value for field, value in recipe["model"].items()}
+    return {key: value for key, value in recipe.items() if key != "model"} | model
 
 
 def newest(records: Records, field: str, run: Path) -> dict[str, Any]:
@@ -86,7 +92,40 @@ def dress(axes: Axes, xlabel: str, ylabel: str) -> None:
         axes.legend()
 
 
-def _add_summary(page: Page, records: Records, beginning: dict[str, Any]) -> None:
+def _last_written(run: Path) -> str:
+    """When the newest record was written, in local time."""
+    written = (run / "metrics.jsonl").stat().st_mtime
+    return time.strftime("%H:%M on %Y-%m-%d", time.localtime(written))
+
+
+def energy_text(kwh: float) -> str:
+    """ "1.5 kWh", or "1.5 Wh" where that is less than one."""
+    return f"{kwh:.4g} kWh" if kwh >= 1 else f"{1e3 * kwh:.4g} Wh"
+
+
+def mass_text(kg: float) -> str:
+    """ "1.5 kg", "1.5 g" or "1.5 mg": the largest of which there is one."""
+    if kg >= 1:
+        return f"{kg:.4g} kg"
+    return f"{1e3 * kg:.4g} g" if kg >= 1e-3 else f"{1e6 * kg:.4g} mg"
+
+
+def _beginning_rows(records: Records, beginning: dict[str, Any]) -> list[list[object]]:
+    """Where, how and by what a run was made, as far as it has that on record."""
+    source = next((r["source"] for r in reversed(records) if r.get("source")), "")
+    rows: list[list[object]] = [["recipe", source]] if source else []
+    if "version" in beginning:
+        first = next(record["began"] for record in records if "began" in record)
+        rows.append(["begun", f"{first}; tinyllama {beginning['version']}"])
+    how = [str(beginning["device"])]
+    if "dtype" in beginning:
+        how += [beginning["dtype"], "compiled" if beginning["compiled"] else "not compiled"]
+    return [*rows, ["device", ", ".join(how)]]
+
+
+def _add_summary(
+    page: Page, records: Records, beginning: dict[str, Any], last_written: str
+) -> None:
     recipe, last = beginning["recipe"], records[-1]
     steps = recipe["steps"]
     tokens = last["tokens"]
@@ -102,7 +141,7 @@ def _add_summary(page: Page, records: Records, beginning: dict[str, Any]) -> Non
             f" {last['step']:,} of {steps:,} steps",
         ],
         ["time", duration(last["seconds"])],
-        ["device", beginning["device"]],
+        *_beginning_rows(records, beginning),
     ]
     speeds = series(records, "tok_per_s", "peak_share")
     if len(speeds[0]):
@@ -117,9 +156,12 @@ def _add_summary(page: Page, records: Records, beginning: dict[str, Any]) -> Non
         )
         if last["step"] < steps:
             left = (steps * tokens / max(1, last["step"]) - tokens) / speed
-            rows.append(["time left", f"about {duration(left)}"])
+            rows.append(["left to train", f"about {duration(left)}"])
     rows += _validation_rows(records)
-    page.table(["", "ended" if last["step"] == steps else "under way"], rows)
+    standing = f"under way at its last record, {last_written}"
+    if "stopped" in last:
+        standing = f"stopped after step {last['step']:,}; the same command goes on"
+    page.table(["", "ended" if last["step"] == steps else standing], rows)
 
 
 def _validation_rows(records: Records) -> list[list[object]]:
@@ -195,7 +237,7 @@ def _add_validations(page: Page, records: Records) -> None:
     used = {record["step"]: record for record in records if "kwh" in record}
     header = ["step", "tokens", "time", "nats per token", "±", "perplexity", "bits per byte"]
     if used:
-        header += ["kWh (estimated)", "kg CO₂ equivalent (estimated)"]
+        header += ["energy (estimated)", "CO₂ equivalent (estimated)"]
     rows = []
     for record in records:
         if "valid_nats" not in record:
@@ -211,7 +253,8 @@ def _add_validations(page: Page, records: Records) -> None:
         ]
         if used:
             energy = used.get(record["step"])
-            row += [f"{energy[f]:.4g}" if energy else "" for f in ("kwh", "kg_co2eq")]
+            row += [energy_text(energy["kwh"]) if energy else ""]
+            row += [mass_text(energy["kg_co2eq"]) if energy else ""]
         rows.append(row)
     if not rows:
         return
@@ -220,8 +263,8 @@ def _add_validations(page: Page, records: Records) -> None:
     if used:
         last = list(used.values())[-1]
         page.text(
-            f"In all {last['kwh']:.4g} kWh and {last['kg_co2eq']:.4g} kg of CO₂ equivalent. These"
-            f" are estimates, of the whole machine, by {last['estimated_by']}."
+            f"In all {energy_text(last['kwh'])} and {mass_text(last['kg_co2eq'])} of CO₂"
+            f" equivalent. These are estimates, of the whole machine, by {last['estimated_by']}."
         )
 
 
@@ -236,4 +279,6 @@ def _add_samples(page: Page, records: Records) -> None:
     for prompt, samples in by_prompt.items():
         page.heading(prompt, level=3)
         chosen = np.linspace(0, len(samples) - 1, min(len(samples), SHOWN_SAMPLES)).astype(int)
-        page.table(["step", "text"], [[samples[i]["step"], samples[i]["sample"]] for i in chosen])
+        for i in chosen:
+            page.text(f"step {samples[i]['step']:,}")
+            page.quote(samples[i]["sample"])

@@ -17,6 +17,7 @@ from ..config import Config, RopeScaling
 from ..errors import ConfigError, MissingExtraError
 
 MAX_WEIGHT = 1000
+# What samples begin with where neither the recipe nor held-out text says it.
 PROMPTS = ("Once upon a time", "The little dog", "Lily found a")
 # Settings that may differ between the parts of one run: they do not change what is learned.
 FREE_SETTINGS = (
@@ -45,14 +46,16 @@ class Recipe:
     is saved too. The last ``keep_checkpoints`` and the best stay; 0: all of them. ``init_from``
     names a run, or a model that ``load`` reads ("bundled": the one that ships), whose weights are
     the starting point. With ``epochs``, ``steps`` follows from the data, which are seen so many
-    times. ``weights`` mixes the data: how often an epoch has the documents of a source, by its
-    name; 1 unless given, 0.5 is half of them, 2.5 all of them twice and half once more
-    (``batches.mixture``). With ``document_mask`` attention ends where a document begins, though a
-    window holds several. ``dtype``, ``compile`` and ``device`` "auto" mean: bf16 where the
-    processor multiplies it natively, compiled where a compiler is found, cuda before mps before
-    cpu. ``prompts`` are continued every ``every_sample`` steps, each with the same random numbers
-    every time. ``tensorboard`` writes event files beside the metrics; ``energy``, a country's three
-    letters or "world", has energy and CO2 equivalent estimated (``energy.EnergyMeter``).
+    times, and the warm-up is a tenth of them at most. ``weights`` mixes the data: how often an
+    epoch has the documents of a source, by its name; 1 unless given, 0.5 is half of them, 2.5 all
+    of them twice and half once more (``batches.mixture``). With ``document_mask`` attention ends
+    where a document begins, though a window holds several. ``dtype``, ``compile`` and ``device``
+    "auto" mean: bf16 where the processor multiplies it natively, compiled where a compiler is found
+    and, on a CPU, the run is of a million tokens or more, cuda before mps before cpu. ``prompts``
+    (none: the beginnings of three held-out documents) are continued every ``every_sample`` steps,
+    each with the same random numbers every time. ``tensorboard`` writes event files beside the
+    metrics; ``energy``, a country's three letters or "world", has energy and CO2 equivalent
+    estimated (``energy.EnergyMeter``).
 
     Processes that torchrun starts share each step's ``batch_size`` × ``grad_accum`` windows, at
     most ``batch_size`` at once; ``parallel`` says whether each holds the whole model ("ddp") or a
@@ -92,7 +95,7 @@ class Recipe:
     dtype: str = "auto"
     compile: str = "auto"
     n_threads: int = 0
-    prompts: list[str] = dataclasses.field(default_factory=lambda: list(PROMPTS))
+    prompts: list[str] = dataclasses.field(default_factory=list)
     tensorboard: bool = False
     energy: str = ""
 
@@ -148,9 +151,12 @@ class Recipe:
         if not self.epochs:
             return self
         per_step = self.batch_size * self.grad_accum
-        return dataclasses.replace(
-            self, steps=math.ceil(self.epochs * windows_per_epoch / per_step)
-        )
+        steps = math.ceil(self.epochs * windows_per_epoch / per_step)
+        return dataclasses.replace(self, steps=steps).with_short_warmup()
+
+    def with_short_warmup(self) -> Recipe:
+        """The recipe with a warm-up of a tenth of its steps at most: then its rate is reached."""
+        return dataclasses.replace(self, warmup_steps=min(self.warmup_steps, self.steps // 10))
 
     def lr_fraction(self, step: int) -> float:
         """The learning rate of step ``step`` (from 0) as a fraction of its peak."""

@@ -10,7 +10,8 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from ..errors import ConfigError, FormatError, MissingExtraError, NonFiniteError
+from .._core import __version__
+from ..errors import ConfigError, MissingExtraError, NonFiniteError
 from .batches import UNSCORED, TokenFolder, Windows
 from .checkpoint import (
     Saver,
@@ -20,17 +21,17 @@ from .checkpoint import (
     load_optimizers,
     load_state,
     load_weights,
+    previous_run,
     start_from,
     take_snapshot,
 )
-from .recipe import FREE_SETTINGS, Recipe, recipe_from_dict
+from .recipe import PROMPTS, Recipe
 
 try:
     import sentencepiece
     import torch
     import torch.nn.functional as F
     from torch import Tensor
-    from torch.optim import AdamW, Muon, Optimizer
     from tqdm import tqdm
 except ImportError as error:
     raise MissingExtraError(error.name or "torch", "train") from error
@@ -41,29 +42,29 @@ from .device import (
     choose_autocast,
     choose_device,
     keep_freed_memory,
-    maybe_compiled,
+    pays_to_compile,
 )
 from .distributed import Ranks, whole
 from .metrics import Metrics
 from .model import Llama
+from .optimizers import LEARNING_RATES, make_optimizers
 from .page import run_page
 from .pairs import PairWindows
 from .peak import measure_peak
 from .progress import Progress, stop_on_signals
-from .validate import tell, validate
+from .validate import beginnings, tell, validate
 
 EVERY_LOG = 10
 # Drawing a page takes a second: while training goes on, there is none for so many.
 PAGE_S = 60.0
-# The recipe's field with the highest learning rate of an optimizer.
-LEARNING_RATES = {"adamw": "learning_rate", "muon": "muon_learning_rate"}
 
 
 class Trainer:
     """A run of ``recipe`` on the token folder ``data``; everything is written below ``out``.
 
     A run that ``out`` already holds goes on where it stopped, bitwise as if it never had.
-    ``state`` says how far it is, ``model`` holds the weights. In processes that torchrun started
+    ``state`` says how far it is, ``model`` holds the weights; ``source`` is where the recipe is
+    from, for the record. In processes that torchrun started
     each is one of the ``ranks`` of one training, and all methods are called by all of them.
 
     Raises ConfigError (recipe and data contradict each other, or ``out`` holds another run),
@@ -71,14 +72,20 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, data: str | os.PathLike[str], out: str | os.PathLike[str]
+        self,
+        recipe: Recipe,
+        data: str | os.PathLike[str],
+        out: str | os.PathLike[str],
+        source: str = "",
     ) -> None:
-        self.run = Path(out)
+        self.run, self.source = Path(out), source
         folder = TokenFolder(data)
         if folder.vocab_size != recipe.model.vocab_size:
             raise ConfigError(
                 f"{folder.path}: the tokenizer has {folder.vocab_size} tokens,"
-                f" the recipe's model.vocab_size is {recipe.model.vocab_size}"
+                f" the recipe's model.vocab_size is {recipe.model.vocab_size}:"
+                f" --set model.vocab_size={folder.vocab_size} fits the model to it, or prepare the"
+                f" data with a tokenizer of {recipe.model.vocab_size:,}"
             )
         train = folder.split("train")
         kind = PairWindows if train.prompt.any() else Windows
@@ -88,6 +95,8 @@ class Trainer:
         self.valid = valid if valid is not None and len(valid) else None
         self.vocabulary = load_sentencepiece(folder.tokenizer)
         self.tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(folder.tokenizer))
+        held_out = beginnings(self.valid, self.tokenizer) if self.valid else []
+        self.prompts = recipe.prompts or held_out or list(PROMPTS)
         previous = previous_run(self.run, recipe, folder.sha256)
 
         if recipe.n_threads:
@@ -121,7 +130,8 @@ class Trainer:
         if previous is not None and self.state.step:  # before the first step they hold nothing
             load_optimizers(previous, self.model, self.optimizers)
         self.autocast = choose_autocast(recipe.dtype, device)
-        self.loss = maybe_compiled(recipe.compile, device, self._loss)
+        self.compiled = pays_to_compile(recipe, device)
+        self.loss = torch.compile(self._loss) if self.compiled else self._loss
         self._meter = None
         if recipe.energy and self.ranks.is_first_here:
             from .energy import EnergyMeter
@@ -144,14 +154,31 @@ class Trainer:
         then), and OSError when the last checkpoint cannot be written; earlier ones stay.
         """
         recipe = self.recipe
+        if self._saved_step == recipe.steps:
+            self._say(f"already finished: all {recipe.steps:,} steps are made")
+            self._write_page()
+            return find_checkpoint(self.run)
         peak = self.ranks.sum(measure_peak(self.ranks.device, self.autocast))[0]
         self._describe(peak)
+        self.model.train()
+        with self._saver, self._meter or nullcontext():
+            self._compile()
+            self._log_beginning(peak)
+            self._take_steps(peak)
+        if self._saved_step != self.state.step or not self._finish_saving():
+            self.save()
+        if self.state.step < recipe.steps:
+            self._log(stopped="by a signal")
+            self._say(f"stopped after step {self.state.step}; the same command goes on from there")
+        self._write_page()
+        return find_checkpoint(self.run)
+
+    def _take_steps(self, peak: float) -> None:
+        recipe = self.recipe
         started = time.monotonic() - self.state.seconds
         self._page_at = time.monotonic()
-        self.model.train()
         progress = Progress(recipe, self.state.step, peak, shown=self.ranks.is_first)
-        meter = self._meter or nullcontext()
-        with progress.bar, stop_on_signals() as stop, self._saver, meter:
+        with progress.bar, stop_on_signals() as stop:
             while self.state.step < recipe.steps and not any(self.ranks.sum(stop.is_set())):
                 began = time.perf_counter()
                 nats = self.step()
@@ -171,18 +198,34 @@ class Trainer:
                 if best or _due(step, recipe.every_save, False):
                     self._finish_saving()
                     self._start_saving()
-        if self._saved_step != self.state.step or not self._finish_saving():
-            self.save()
-        self._write_page()
-        if self.state.step < recipe.steps:
-            self._say(f"stopped after step {self.state.step}; the same command goes on from there")
-        return find_checkpoint(self.run)
 
     def step(self) -> float:
         """One optimizer step: the mean loss of its targets in nats.
 
         Its windows, dropout and learning rate follow from the recipe and the step alone.
         """
+        recipe, step = self.recipe, self.state.step
+        total = self._gradients()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
+        self.grad_norm = float(whole(norm))
+        for what, value in (("loss", total), ("norm of the gradients", self.grad_norm)):
+            if not math.isfinite(value):
+                raise NonFiniteError(
+                    f"the {what} is {value} at step {step + 1}: lower the learning rate"
+                    f" (checkpoints in {self.run} are from before)"
+                )
+        for kind, optimizer in self.optimizers.items():
+            rate = getattr(recipe, LEARNING_RATES[kind]) * recipe.lr_fraction(step)
+            self.rates[LEARNING_RATES[kind]] = rate
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.state = dataclasses.replace(self.state, step=step + 1, bits_per_byte=None)
+        return total
+
+    def _gradients(self) -> float:
+        """The mean loss of the present step's targets in nats; their gradients are left behind."""
         recipe, step, share = self.recipe, self.state.step, self.share
         torch.manual_seed(self.ranks.seed(recipe.seed, step))
         first = step * recipe.batch_size * recipe.grad_accum
@@ -201,24 +244,22 @@ class Trainer:
                 loss = self.loss(tokens, targets) * (self.ranks.count / n_targets)
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.item()
-        total = self.ranks.sum(total)[0] / self.ranks.count
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), recipe.grad_clip)
-        self.grad_norm = float(whole(norm))
-        for what, value in (("loss", total), ("norm of the gradients", self.grad_norm)):
-            if not math.isfinite(value):
-                raise NonFiniteError(
-                    f"the {what} is {value} at step {step + 1}: lower the learning rate"
-                    f" (checkpoints in {self.run} are from before)"
-                )
-        for kind, optimizer in self.optimizers.items():
-            rate = getattr(recipe, LEARNING_RATES[kind]) * recipe.lr_fraction(step)
-            self.rates[LEARNING_RATES[kind]] = rate
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.state = dataclasses.replace(self.state, step=step + 1, bits_per_byte=None)
-        return total
+        return self.ranks.sum(total)[0] / self.ranks.count
+
+    def _compile(self) -> None:
+        """Compile before the first step: its losses and gradients are computed, and thrown away."""
+        if not self.compiled:
+            return
+        self._say("compiling, a minute or two (--set compile=no does without)")
+        try:
+            self._gradients()
+        except Exception as error:  # torch documents no narrower class for "cannot compile"
+            if self.recipe.compile == "yes":
+                raise
+            line = (str(error).strip() or repr(error)).splitlines()[0]
+            self._say(f"torch.compile does not work here, going on without: {line}")
+            self.loss, self.compiled = self._loss, False
+        self.model.zero_grad(set_to_none=True)
 
     def evaluate(self) -> str:
         """Score the validation split, record it, and say it in a line."""
@@ -241,8 +282,8 @@ class Trainer:
         )
 
     def sample(self) -> None:
-        """Continue the recipe's prompts, each with random numbers of its own, and keep that."""
-        for i, prompt in enumerate(self.recipe.prompts):
+        """Continue the prompts, each with random numbers of its own, and keep that."""
+        for i, prompt in enumerate(self.prompts):
             text = tell(self.model, self.tokenizer, prompt, seed=i)
             self._log(prompt=prompt, sample=text)
             if i == 0:
@@ -301,28 +342,37 @@ class Trainer:
             self._log(kwh=kwh, kg_co2eq=kg_co2eq, estimated_by=source)
 
     def _describe(self, peak: float) -> None:
-        """Say what is trained on what, and begin the metrics with it."""
+        """Say what is trained on what."""
         recipe, windows = self.recipe, self.windows
         n_windows = recipe.steps * recipe.grad_accum * recipe.batch_size
-        where = str(self.ranks.device)
-        if self.ranks.count > 1:
-            where = f"{self.ranks.count} × {self.ranks.device.type} ({recipe.parallel})"
         self._say(
-            f"{recipe.model.n_parameters / 1e6:.2f}M parameters on {where},"
+            f"{recipe.model.n_parameters / 1e6:.2f}M parameters on {self._where},"
             f" {peak / 1e12:.3g} TFLOP/s at most;"
             f" {windows.n_documents:,} documents, {windows.n_tokens:,} tokens;"
             f" {recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens,"
             f" {n_windows / windows.windows_per_epoch:.1f} epochs; from step {self.state.step}"
         )
+
+    def _log_beginning(self, peak: float) -> None:
         self._log(
-            recipe=recipe.to_dict(),
-            n_parameters=recipe.model.n_parameters,
-            n_documents=windows.n_documents,
-            n_tokens=windows.n_tokens,
+            recipe=self.recipe.to_dict(),
+            source=self.source,
+            version=__version__,
+            began=time.strftime("%Y-%m-%d %H:%M"),
+            n_parameters=self.recipe.model.n_parameters,
+            n_documents=self.windows.n_documents,
+            n_tokens=self.windows.n_tokens,
             valid_bytes=self.valid.n_bytes if self.valid else 0,
-            device=where,
+            device=self._where,
+            dtype="f32" if self.autocast is nullcontext else "bf16",
+            compiled=self.compiled,
             peak_flop_per_s=peak,
         )
+
+    @property
+    def _where(self) -> str:
+        device, count = self.ranks.device, self.ranks.count
+        return f"{count} × {device.type} ({self.recipe.parallel})" if count > 1 else str(device)
 
     def _write_page(self) -> None:
         if self.ranks.is_first:
@@ -335,60 +385,6 @@ class Trainer:
     def _say(self, line: str) -> None:
         if self.ranks.is_first:
             tqdm.write(line, file=sys.stderr)
-
-
-def previous_run(run: Path, recipe: Recipe, data_sha256: str) -> Path | None:
-    """The checkpoint to go on from, if ``run`` holds one.
-
-    Raises ConfigError when it is one of another recipe or of other data.
-    """
-    try:
-        folder = find_checkpoint(run)
-    except FileNotFoundError:
-        return None
-    state = load_state(folder)
-    if state.data_sha256 != data_sha256:
-        raise ConfigError(f"{run} was trained on other data (the manifest differs)")
-    try:
-        before = recipe_from_dict(state.recipe, str(folder / "trainer.json")).to_dict()
-    except ConfigError as error:
-        raise FormatError(str(error)) from None
-    now = recipe.to_dict()
-    for key in now:
-        if key not in FREE_SETTINGS and before[key] != now[key]:
-            raise ConfigError(
-                f"{run} holds a run of another recipe: {key} was {before[key]!r},"
-                f" now {now[key]!r}; choose another folder"
-            )
-    return folder
-
-
-def make_optimizers(model: Llama, recipe: Recipe) -> dict[str, Optimizer]:
-    """The optimizers by kind; weight decay falls on matrices, never on norms.
-
-    Muon (Jordan, 2024; steps scaled to AdamW's size as in arXiv 2502.16982) takes the matrices of
-    the layers; embedding, output head and norms are AdamW's. A learning rate is set at each step.
-    """
-    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and n.startswith("layers.")]
-    tables = [
-        p for n, p in model.named_parameters() if p.dim() == 2 and not n.startswith("layers.")
-    ]
-    norms = [p for p in model.parameters() if p.dim() == 1]
-    optimizers: dict[str, Optimizer] = {}
-    if recipe.optimizer == "muon":
-        optimizers["muon"] = Muon(
-            matrices, weight_decay=recipe.weight_decay, adjust_lr_fn="match_rms_adamw"
-        )
-        matrices = []
-    optimizers["adamw"] = AdamW(
-        [
-            {"params": matrices + tables, "weight_decay": recipe.weight_decay},
-            {"params": norms, "weight_decay": 0.0},
-        ],
-        betas=(recipe.beta1, recipe.beta2),
-        fused=model.tok_embed.device.type in ("cpu", "cuda"),
-    )
-    return optimizers
 
 
 def _due(step: int, every: int, last: bool) -> bool:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..errors import ConfigError
+from ..words import first_words
 from .batches import Split
 from .distributed import Ranks
 from .model import Llama
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     Forward = Callable[[torch.Tensor], torch.Tensor]
 
 ROWS = 16
+# Of the documents that samples begin as: how many, and how much of each.
+N_BEGINNINGS, BEGINNING_WORDS, BEGINNING_TOKENS = 3, 4, 100
 
 
 class Validation(NamedTuple):
@@ -108,6 +111,19 @@ def _pieces(split: Split, context: int) -> Iterator[tuple[np.ndarray, int, int]]
                 yield split.document(i, begin, end + 1), scored - begin, i
                 scored = end
             begin = max(0, end - context // 2)
+
+
+def beginnings(split: Split, tokenizer: SentencePieceProcessor) -> list[str]:
+    """What samples begin with: of three documents across ``split`` the first words, or the prompt.
+
+    Fewer where documents are few or have no words; always the same of the same text.
+    """
+    found = []
+    for i in sorted({len(split) * part // N_BEGINNINGS for part in range(N_BEGINNINGS)}):
+        given = int(split.prompt[i])
+        text = tokenizer.decode(split.document(i, 0, given or BEGINNING_TOKENS).tolist())
+        found.append(text if given else first_words(text, BEGINNING_WORDS))
+    return list(dict.fromkeys(text for text in found if text.strip()))
 
 
 def tell(
