@@ -319,7 +319,7 @@ void Pass::output(const Team& team, std::int64_t first, std::int64_t last) {
     }
     if (largest >= 0x7f800000) all_finite_.store(false, std::memory_order_relaxed);
     if (tap_ == nullptr || last < n_output_pieces_) return;
-    std::vector<float> logits;
+    AlignedVector<float> logits;
     for (const std::int64_t row : wanted_)
         logits.insert(logits.end(), at(row).logits, at(row).logits + c_.vocab_size);
     show("logits", logits, c_.vocab_size);
@@ -343,7 +343,7 @@ Pass::Input Pass::norm(const Team& team, const float* weight, const Asked& asked
 }
 
 // n rows that all threads can read, likewise.
-Pass::Input Pass::converted(const Team& team, const std::vector<float>& rows, std::int64_t width,
+Pass::Input Pass::converted(const Team& team, const AlignedVector<float>& rows, std::int64_t width,
                             const Asked& asked, std::int64_t n) {
     const bool alone = n == 1;
     const auto slot = static_cast<std::size_t>(alone ? team.thread() : 0);
@@ -382,7 +382,7 @@ void Pass::matmuls(const Team& team, const Input& h, std::initializer_list<Produ
 }
 
 // x += W rows
-void Pass::add_product(const Team& team, const Matrix& w, const std::vector<float>& rows,
+void Pass::add_product(const Team& team, const Matrix& w, const AlignedVector<float>& rows,
                        std::int64_t width, std::int64_t n) {
     const Input h = converted(team, rows, width, {&w}, n);
     matmul(w, h, {x_.data(), c_.dim, true}, n, team.share(n_panels(w)));
@@ -406,7 +406,7 @@ void Pass::matmul(const Matrix& w, const Input& h, const Output& y, std::int64_t
     }
 }
 
-void Pass::show(const char* stage, const std::vector<float>& values, std::int64_t width,
+void Pass::show(const char* stage, const AlignedVector<float>& values, std::int64_t width,
                 std::int32_t layer) const {
     if (tap_ == nullptr) return;
     const std::string prefix = layer < 0 ? "" : "layers." + std::to_string(layer) + ".";

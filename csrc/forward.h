@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "aligned_vector.h"
 #include "costs.h"
 #include "kv_cache.h"
 #include "model.h"
@@ -28,10 +29,10 @@ struct Row {
 // What matrix products read in place of floats, in the form that their weights ask for. `width` is
 // that of a row.
 struct Forms {
-    std::vector<std::uint16_t> bf16;  // (n, width rounded up to 32)
-    std::vector<std::int8_t> q8;      // (n, width rounded up to 64), with
-    std::vector<float> scales;        // (n, groups of 512 in width) and
-    std::vector<std::int32_t> sums;   // (n, width / 32)
+    AlignedVector<std::uint16_t> bf16;  // (n, width rounded up to 32)
+    AlignedVector<std::int8_t> q8;      // (n, width rounded up to 64), with
+    AlignedVector<float> scales;        // (n, groups in width) and
+    AlignedVector<std::int32_t> sums;   // (n, width / 32)
 };
 
 // Shown each named stage: values is (n_rows, width), row-major, valid during the call only.
@@ -85,16 +86,16 @@ private:
 
     Input norm(const Team& team, const float* weight, const Asked& asked, std::int64_t n,
                bool of_wanted = false);
-    Input converted(const Team& team, const std::vector<float>& rows, std::int64_t width,
+    Input converted(const Team& team, const AlignedVector<float>& rows, std::int64_t width,
                     const Asked& asked, std::int64_t n);
     void convert(Forms* forms, std::int64_t row, const float* values, std::int64_t width,
                  const Asked& asked);
     void matmuls(const Team& team, const Input& h, std::initializer_list<Product> products);
-    void add_product(const Team& team, const Matrix& w, const std::vector<float>& rows,
+    void add_product(const Team& team, const Matrix& w, const AlignedVector<float>& rows,
                      std::int64_t width, std::int64_t n);
     void matmul(const Matrix& w, const Input& h, const Output& y, std::int64_t n,
                 const Range& panels);
-    void show(const char* stage, const std::vector<float>& values, std::int64_t width,
+    void show(const char* stage, const AlignedVector<float>& values, std::int64_t width,
               std::int32_t layer = -1) const;
 
     void do_pieces(const Team& team, std::int64_t end);
@@ -124,15 +125,15 @@ private:
     std::vector<Range> timelines_;      // rows of one timeline each
     std::atomic<bool> all_finite_{true};
 
-    std::vector<float> x_;                    // (n, dim) residual stream
-    std::vector<std::vector<float>> normed_;  // (n, dim): one, or for a single row one per thread
-    std::vector<float> q_;                    // (n, n_heads * head_dim)
-    std::vector<float> keys_, values_;        // (n, n_kv_heads * head_dim)
-    std::vector<float> heads_;                // (n, n_heads * head_dim): the output of every head
-    std::vector<float> hidden_, up_;          // (n, hidden_dim)
-    std::vector<Forms> forms_;                // of what is multiplied now: one, or one per thread
-    std::vector<float> logits_;               // (n_threads, rows asking for logits, a few panels)
-    std::vector<float> cos_, sin_;            // (n, head_dim / 2)
+    AlignedVector<float> x_;                    // (n, dim) residual stream
+    std::vector<AlignedVector<float>> normed_;  // (n, dim): one, or for a single row one per thread
+    AlignedVector<float> q_;                    // (n, n_heads * head_dim)
+    AlignedVector<float> keys_, values_;        // (n, n_kv_heads * head_dim)
+    AlignedVector<float> heads_;                // (n, n_heads * head_dim): the output of every head
+    AlignedVector<float> hidden_, up_;          // (n, hidden_dim)
+    std::vector<Forms> forms_;                  // of what is multiplied now: one, or one per thread
+    AlignedVector<float> logits_;               // (n_threads, rows asking for logits, a few panels)
+    AlignedVector<float> cos_, sin_;            // (n, head_dim / 2)
 };
 
 }  // namespace tinyllama

@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <cstddef>
 #include <limits>
-#include <vector>
 
+#include "aligned_vector.h"
 #include "kernels/kernel_table.h"
 
 namespace tinyllama {
@@ -34,8 +34,8 @@ inline float largest_of_block(const float* x) {
 
 // `values` is filled up to whole blocks with minus infinity; `maxima` has the largest of each.
 struct Logits {
-    std::vector<float> values;
-    std::vector<float> maxima;
+    AlignedVector<float> values;
+    AlignedVector<float> maxima;
 
     void resize(std::size_t n_tokens) {
         maxima.resize((n_tokens + logits_block - 1) / logits_block);

@@ -49,7 +49,7 @@ void transpose(const std::uint8_t* const (&rows)[panel_rows], std::int64_t n_wor
     }
 }
 
-// Blocks of 32 become groups of 512: a group of all 16 rows at a time.
+// Blocks of 32 become groups of 1,024: a group of all 16 rows at a time.
 void pack_q8_0(const KernelTable& kernels, const std::uint8_t* const (&rows)[panel_rows],
                std::int64_t cols, std::uint8_t* out) {
     constexpr std::int64_t block_bytes = 2 + block_size;

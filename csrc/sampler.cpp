@@ -40,7 +40,7 @@ struct Sums {
 struct Buffers {
     // Probabilities, one per token and filled up to whole blocks, not normalised: the likeliest has
     // 1.
-    std::vector<float> weights;
+    AlignedVector<float> weights;
     Sums sums, likelier_sums;
     std::vector<std::pair<std::int32_t, float>> changed;
     std::vector<std::int32_t> breaking;
@@ -121,12 +121,12 @@ float sum_all(const float* weights) {
 // A logit that at least k tokens reach: the k-th largest of the maxima of blocks, or of smaller
 // pieces where there are not that many blocks.
 float bound_of_likeliest(const Logits& all, std::size_t k, std::vector<float>& maxima) {
-    const std::vector<float>& logits = all.values;
+    const AlignedVector<float>& logits = all.values;
     if (k == 0 || k >= logits.size()) return impossible;
     std::size_t size = logits_block;
     while (logits.size() / size < k)
         size /= 2;
-    maxima = all.maxima;
+    maxima.assign(all.maxima.begin(), all.maxima.end());
     if (size < logits_block) {
         maxima.resize(logits.size() / size);
         for (std::size_t i = 0; i < maxima.size(); ++i)
@@ -254,8 +254,7 @@ void drop_below(Buffers& buffers, float least) {
 // In which of values[begin, end) `left` falls when they are laid end to end, and takes off what
 // lies before. Where rounding leaves more than there is: the last that is not zero.
 template <typename T>
-std::size_t find_part(const std::vector<T>& values, std::size_t begin, std::size_t end,
-                      double* left) {
+std::size_t find_part(const T& values, std::size_t begin, std::size_t end, double* left) {
     std::size_t found = begin;
     for (std::size_t i = begin; i < std::min(end, values.size()); ++i) {
         const auto value = static_cast<double>(values[i]);

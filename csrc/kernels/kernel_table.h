@@ -15,9 +15,9 @@
 namespace tinyllama {
 
 constexpr int64_t panel_rows = 16;
-constexpr int64_t block_size = 32;   // columns that share a scale in files of q8_0 and q4_0
-constexpr int64_t group_size = 512;  // columns that share a scale in activations and packed q8_0
-constexpr int64_t weigh_block = 64;  // logits whose largest is known, and whose weights are summed
+constexpr int64_t block_size = 32;    // columns that share a scale in files of q8_0 and q4_0
+constexpr int64_t group_size = 1024;  // columns that share a scale in activations and packed q8_0
+constexpr int64_t weigh_block = 64;   // logits whose largest is known, and whose weights are summed
 
 // Bytes that kernels may read, and multiply by zero, beyond the last panel.
 constexpr int64_t panels_slack = 512;
@@ -26,9 +26,9 @@ constexpr int64_t panels_slack = 512;
 // zero; it begins at data + p * panel_bytes, 64-byte aligned. Within a panel:
 //   f32   float w[cols][16]
 //   bf16  uint16 w[padded / 2][16][2], padded = cols rounded up to 32, zeros there
-//   q8_0  float scale[groups of 512 columns][16], then int8 q[cols / 4][16][4]: column 4 i + j, row
-//         r at [i][r][j], from -127 to 127. The file's blocks of 32 have become groups of up to 512
-//         (regroup_q8_0): so the products of a whole group are one exact integer.
+//   q8_0  float scale[groups of 1,024 columns][16], then int8 q[cols / 4][16][4]: column 4 i + j,
+//         row r at [i][r][j], from -127 to 127. The file's blocks of 32 have become groups of up to
+//         1,024 (regroup_q8_0): so the products of a whole group are one exact integer.
 //   q4_0  n = cols / 32 blocks: f16 scale[n][16], filled up to 64 bytes, then
 //         uint8 q[n][4][16][4]: the low half of a byte is column 4 i + j of the block, the high
 //         half column 16 + 4 i + j, each 0 to 15 and 8 more than the weight / scale
@@ -44,7 +44,7 @@ constexpr int64_t n_groups(int64_t cols) { return (cols + group_size - 1) / grou
 constexpr int64_t q4_scales_bytes(int64_t cols) { return (cols + 63) / 64 * 64; }
 
 // Activations for q8_0 and q4_0: row t has int8 at q + t * stride (stride: cols rounded up to 64,
-// zeros beyond cols), for each group of 512 a scale, x ~ scale * q, and for each block of 32 the
+// zeros beyond cols), for each group of 1,024 a scale, x ~ scale * q, and for each block of 32 the
 // sum of its q. Rows of scales and sums follow each other without gaps.
 struct ActsQ8 {
     const int8_t* q;
@@ -63,9 +63,11 @@ struct Output {
 // Keys and values of 32 positions, of one layer and all its key heads, lie in one block of memory;
 // a timeline has a list of them. A head's part begins `offset` bytes into each, 64-byte aligned,
 // and holds, with width = head_dim rounded up to 16 and T float, uint16 (bf16) or int8:
-//   int8 only: float key_scale[32], value_scale[32]
-//   T key[2][head_dim][16]  one vector holds the same element of 16 positions
-//   T value[32][width]      zeros beyond head_dim
+//   f32   float key[2][head_dim][16]  one vector holds the same element of 16 positions
+//         float value[32][width]      zeros beyond head_dim
+//   int8  float key_scale[32], value_scale[32], then the same of int8
+//   bf16  uint16 key[2][head_dim / 2][16][2], value[16][width][2]: two elements, or those of two
+//         positions, lie together, as AMX multiplies them
 constexpr int64_t kv_block = 32;
 enum class KvType : uint8_t { f32, bf16, int8 };
 

@@ -12,7 +12,11 @@ namespace {
 
 #include "kernels.inc"
 
+#include "attention_sums.inc"
+
 #include "attention.inc"
+
+#include "kv_store.inc"
 }  // namespace
 
 const KernelTable kernels_avx2 = {

@@ -14,15 +14,21 @@ namespace {
 
 #include "kernels.inc"
 
+#include "attention_sums.inc"
+
 #include "attention.inc"
 
+#include "kv_store.inc"
+
 #include "amx.inc"
+
+#include "amx_attention.inc"
 }  // namespace
 
 const KernelTable kernels_avx512amx = {
     "avx512amx", matmul_f32,   amx_matmul_bf16, amx_matmul_q8_0, amx_matmul_q4_0,
     quantize_q8, regroup_q8_0, round_bf16,      rms_norm,        rope,
-    swiglu,      hand_out,     weigh,           store_kv,        attend,
+    swiglu,      hand_out,     weigh,           store_kv,        amx_attend,
 };
 
 }  // namespace tinyllama

@@ -11,7 +11,11 @@ namespace {
 
 #include "kernels.inc"
 
+#include "attention_sums.inc"
+
 #include "attention.inc"
+
+#include "kv_store.inc"
 }  // namespace
 
 const KernelTable kernels_generic = {

@@ -36,8 +36,12 @@ struct TestHead {
     double element(bool value, std::int64_t pos, std::int64_t d) const {
         const std::uint8_t* part = head.blocks[pos / kv_block] + head.offset;
         const std::int64_t at = pos % kv_block, width = (head.head_dim + 15) / 16 * 16;
-        const std::int64_t i = value ? head.head_dim * kv_block + at * width + d
-                                     : at / 16 * 16 * head.head_dim + d * 16 + at % 16;
+        const bool pairs = head.type == KvType::bf16;
+        const std::int64_t key = pairs ? d / 2 * 32 + at % 16 * 2 + d % 2 : d * 16 + at % 16;
+        const std::int64_t i = !value ? at / 16 * 16 * head.head_dim + key
+                               : pairs
+                                   ? head.head_dim * kv_block + at / 2 * 2 * width + d * 2 + at % 2
+                                   : head.head_dim * kv_block + at * width + d;
         if (head.type == KvType::f32) return read<float>(part, i);
         if (head.type == KvType::bf16) {
             std::uint16_t bits;
@@ -120,13 +124,18 @@ void compare_with_float64(Run& run, const Case& c, const TestHead& head, std::si
                           const float* got) {
     const std::int64_t n = c.ends[query];
     const double scale = 1.0 / std::sqrt(static_cast<double>(c.head_dim));
+    // With keys and values of bf16 and int8, queries are rounded to bf16.
+    const float* const q = c.queries.data() + query * size(c.head_dim);
+    std::vector<std::uint16_t> near(size((c.head_dim + 31) / 32 * 32));
+    run.generic->round_bf16(near.data(), q, c.head_dim);
     std::vector<double> scores(size(n));
     double largest = -HUGE_VAL, wrong = 0.0;  // the most by which a score can be wrong
     for (std::int64_t pos = 0; pos < n; ++pos) {
         double magnitudes = 0.0;
         for (std::int64_t d = 0; d < c.head_dim; ++d) {
-            const auto q = static_cast<double>(c.queries[query * size(c.head_dim) + size(d)]);
-            const double product = q * head.element(false, pos, d) * scale;
+            const double element =
+                c.type == KvType::f32 ? static_cast<double>(q[d]) : from_bf16(near[size(d)]);
+            const double product = element * head.element(false, pos, d) * scale;
             scores[size(pos)] += product;
             magnitudes += std::fabs(product);
         }
@@ -137,8 +146,10 @@ void compare_with_float64(Run& run, const Case& c, const TestHead& head, std::si
     for (double& score : scores)
         total += score = std::exp(score - largest);
     // e^x is right to 1.02 units; an old span shrinks once for each new one; then two long sums.
+    // Where queries are rounded to bf16, so are the weights.
     const double spans = static_cast<double>(n / 128 + 1);
-    const double relative = std::expm1(4 * wrong) + (8 * spans + 2.0 * static_cast<double>(n)) * u;
+    const double relative = std::expm1(4 * wrong) + (8 * spans + 2.0 * static_cast<double>(n)) * u +
+                            (c.type == KvType::f32 ? 0.0 : 0x1p-8);
     for (std::int64_t d = 0; d < c.head_dim; ++d) {
         double mean = 0.0, magnitudes = 0.0;
         for (std::int64_t pos = 0; pos < n; ++pos) {

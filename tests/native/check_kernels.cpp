@@ -137,7 +137,7 @@ void check_quantize(Run& run, Random& random, Kind kind) {
     std::vector<float> x = draws(random, kind, n);
     const float ties[] = {127.0f, 0.5f, 1.5f, -2.5f, -3.5f};  // at a scale of 1
     if (random.one_in(2)) std::copy(std::begin(ties), std::end(ties), x.begin());
-    std::vector<float> scales(size((n + 511) / 512));
+    std::vector<float> scales(size(n_groups(n)));
     std::vector<std::int32_t> sums(size(n / 32));
     const auto quantize = [&](const KernelTable& set, std::int8_t* q) {
         set.quantize_q8(q, scales.data(), sums.data(), x.data(), n);
@@ -157,7 +157,7 @@ void check_quantize(Run& run, Random& random, Kind kind) {
     check_row<std::int8_t>(run, "quantize_q8", kind, padded + 32, quantize, [&](std::int64_t i) {
         if (i >= n) return std::pair(i < padded ? 0.0 : 1.0, 0.0);
         // Scale, inverse and product are rounded, then to a whole number.
-        const double scale = static_cast<double>(want_scales[size(i / 512)]);
+        const double scale = static_cast<double>(want_scales[size(i / group_size)]);
         return std::pair(static_cast<double>(x[size(i)]) / scale, 0.5 + 127 * 4 * u);
     });
     for (const KernelTable* set : run.sets) {

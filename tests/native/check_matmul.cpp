@@ -51,7 +51,7 @@ void append_block(Random& random, DType dtype, std::vector<std::uint8_t>* bytes,
     }
 }
 
-// Blocks of 32 become groups of 512: every set makes the same, and each value is rounded once.
+// Blocks of 32 become groups of 1,024: every set makes the same, and each value is rounded once.
 void compare_regrouped(Run& run, const std::vector<std::uint8_t>& bytes, TestMatrix* w) {
     const Panels& panels = w->panels;
     const std::int64_t n_panels = (panels.rows + panel_rows - 1) / panel_rows;
