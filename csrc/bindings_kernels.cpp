@@ -191,7 +191,7 @@ py::array_t<float> kernel_unary(const std::string& isa, const std::string& name,
         require(in.size() == 2 && in[1].size() == n, "rms_norm takes x, weight");
         k.rms_norm(out.mutable_data(), in[0].data(), in[1].data(), n, scalar);
     } else if (name == "rope") {
-        require(in.size() == 3 && in[0].ndim() == 2 && in[1].size() * 2 == in[0].shape(1) &&
+        require(in.size() == 3 && in[0].ndim() == 2 && in[1].size() == in[0].shape(1) &&
                     in[2].size() == in[1].size(),
                 "rope takes x (n_heads, head_dim), cos, sin");
         k.rope(out.mutable_data(), in[1].data(), in[2].data(), in[0].shape(0), in[0].shape(1));

@@ -196,9 +196,10 @@ void Pass::embed(const Team& team) {
         unpack_row(table.dtype, table.panels, at(row).token, x(row));
         for (std::int64_t i = 0; i < n_pairs; ++i) {
             const double angle = at(row).pos * frequencies[static_cast<std::size_t>(i)];
-            const auto to = static_cast<std::size_t>(row * n_pairs + i);
-            cos_[to] = static_cast<float>(std::cos(angle));
-            sin_[to] = static_cast<float>(std::sin(angle));
+            const auto to = static_cast<std::size_t>(row * c_.head_dim + 2 * i);
+            cos_[to] = cos_[to + 1] = static_cast<float>(std::cos(angle));
+            sin_[to + 1] = static_cast<float>(std::sin(angle));
+            sin_[to] = -sin_[to + 1];
         }
     }
     team.barrier();
@@ -237,12 +238,11 @@ void Pass::attention(const Team& team, std::int32_t layer, const LayerWeights& w
 void Pass::attend(std::int32_t layer, const Range& timeline, std::int64_t kv_head,
                   bool only_wanted) {
     if (timeline.begin == timeline.end) return;  // dropped
-    const std::int64_t n_pairs = c_.head_dim / 2;
     const std::int64_t group = c_.n_heads / c_.n_kv_heads;
     const KvHead cache = at(timeline.begin).cache->head(layer, static_cast<std::int32_t>(kv_head));
     for (std::int64_t row = timeline.begin; row < timeline.end; ++row) {
-        const float* cos = cos_.data() + row * n_pairs;
-        const float* sin = sin_.data() + row * n_pairs;
+        const float* cos = cos_.data() + row * c_.head_dim;
+        const float* sin = sin_.data() + row * c_.head_dim;
         const std::int64_t kv = row * c_.kv_dim() + kv_head * c_.head_dim;
         k_.rope(query(row, kv_head * group), cos, sin, group, c_.head_dim);
         k_.rope(keys_.data() + kv, cos, sin, 1, c_.head_dim);
@@ -423,8 +423,8 @@ void Pass::allocate() {
     heads_.resize(size(c_.q_dim()));
     hidden_.resize(size(c_.hidden_dim));
     up_.resize(size(c_.hidden_dim));
-    cos_.resize(size(c_.head_dim / 2));
-    sin_.resize(size(c_.head_dim / 2));
+    cos_.resize(size(c_.head_dim));
+    sin_.resize(size(c_.head_dim));
     logits_.resize(n_teammates * static_cast<std::size_t>(n_wanted() * head_panels * panel_rows));
     normed_.resize(n_teammates);
     forms_.resize(n_teammates);

@@ -133,7 +133,7 @@ private:
     AlignedVector<float> hidden_, up_;          // (n, hidden_dim)
     std::vector<Forms> forms_;                  // of what is multiplied now: one, or one per thread
     AlignedVector<float> logits_;               // (n_threads, rows asking for logits, a few panels)
-    AlignedVector<float> cos_, sin_;            // (n, head_dim / 2)
+    AlignedVector<float> cos_, sin_;            // (n, head_dim), as rope() reads them
 };
 
 }  // namespace tinyllama

@@ -328,12 +328,13 @@ def test_rope(isa: str) -> None:
         x = normal(rng, 3, head_dim)
         angle = rng.uniform(-100, 100, head_dim // 2)
         cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
-        y = _core.kernel_unary(isa, "rope", x, cos, sin)
+        turn = np.repeat(cos, 2), np.stack([-sin, sin], axis=1).reshape(-1)
+        y = _core.kernel_unary(isa, "rope", x, *turn)
         z = (x[:, 0::2] + 1j * x[:, 1::2].astype(np.float64)) * (cos + 1j * sin.astype(np.float64))
         assert np.all(
             np.abs(y[:, 0::2] + 1j * y[:, 1::2].astype(np.float64) - z) <= 3 * EPS * np.abs(z)
         )
-        assert y.tobytes() == _core.kernel_unary("generic", "rope", x, cos, sin).tobytes()
+        assert y.tobytes() == _core.kernel_unary("generic", "rope", x, *turn).tobytes()
 
 
 def silu(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -60,11 +60,15 @@ Features detect() {
     const uint64_t tiles = 3u << 17;        // their configuration and their data
     const uint64_t saved = saved_state();
     f.avx2 = has(b, 5) && (saved & ymm) == ymm;
-    f.avxvnni = f.avx2 && a >= 1 && __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) != 0 && has(a1, 4);
+    if (a < 1 || __get_cpuid_count(7, 1, &a1, &b1, &c1, &d1) == 0) {
+        a1 = 0;
+    }
+    f.avxvnni = f.avx2 && has(a1, 4);
     f.avx512 = f.avx2 && (saved & zmm) == zmm &&  // and F, DQ, BW, VL:
                has(b, 16) && has(b, 17) && has(b, 30) && has(b, 31);
     f.avx512vnni = f.avx512 && has(c, 11);
-    const bool amx = has(d, 22) && has(d, 24) && has(d, 25);  // bf16, tile, int8
+    const bool amx = has(a1, 5) &&  // AVX-512 BF16, and of AMX bf16, tile, int8:
+                     has(d, 22) && has(d, 24) && has(d, 25);
     f.amx = f.avx512vnni && amx && (saved & tiles) == tiles && ask_for_tiles();
     return f;
 }

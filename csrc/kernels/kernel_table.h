@@ -109,7 +109,8 @@ struct KernelTable {
 
     // out = x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich, arXiv 1910.07467)
     void (*rms_norm)(float* out, const float* x, const float* weight, int64_t n, float eps);
-    // Rotates the pairs (2i, 2i+1) of n_heads heads in place; cos and sin have head_dim / 2 values.
+    // Rotates the pairs (2i, 2i+1) of n_heads heads in place. For each element of a head, cos has
+    // its pair's cosine, and sin its sine, with a minus for the first of the two.
     void (*rope)(float* x, const float* cos, const float* sin, int64_t n_heads, int64_t head_dim);
     // out = silu(gate) * up (Shazeer, arXiv 2002.05202); out may be gate.
     void (*swiglu)(float* out, const float* gate, const float* up, int64_t n);

@@ -1,7 +1,7 @@
-// Kernels for AVX-512 with VNNI and AMX (tiles of int8 and bfloat16). The process must have asked
-// the operating system for the tiles before (cpu.cpp).
-// Compile with -O3 -ffp-contract=off -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl
-// -mavx512dq -mavx512vnni -mamx-tile -mamx-int8 -mamx-bf16
+// Kernels for AVX-512 with VNNI, BF16 and AMX (tiles of int8 and bfloat16). The process must have
+// asked the operating system for the tiles before (cpu.cpp).
+// -mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512bf16
+// -mamx-tile -mamx-int8 -mamx-bf16
 #include "kernel_table.h"
 
 #if defined(__x86_64__) && !defined(TINYLLAMA_WITHOUT_AMX)

@@ -94,8 +94,11 @@ void check_rms_norm(Run& run, Random& random, Kind kind) {
 void check_rope(Run& run, Random& random, Kind kind) {
     const std::int64_t head_dim = 2 * (1 + below(random, 40)), n = 3 * head_dim;
     const std::vector<float> x = draws(random, kind, n);
-    const std::vector<float> cos = draws(random, kind, head_dim / 2);
-    const std::vector<float> sin = draws(random, kind, head_dim / 2);
+    std::vector<float> cos = draws(random, kind, head_dim), sin = draws(random, kind, head_dim);
+    for (std::int64_t i = 0; i < head_dim; i += 2) {
+        cos[size(i + 1)] = cos[size(i)];
+        sin[size(i)] = -sin[size(i + 1)];
+    }
     check_row<float>(
         run, "rope", kind, n,
         [&](const KernelTable& set, float* out) {
@@ -104,9 +107,9 @@ void check_rope(Run& run, Random& random, Kind kind) {
         },
         [&](std::int64_t i) {
             const auto same = static_cast<double>(x[size(i)]);
-            const auto other = static_cast<double>(x[size(i ^ 1)]) * (i % 2 == 0 ? -1 : 1);
-            const double a = same * static_cast<double>(cos[size(i % head_dim / 2)]);
-            const double b = other * static_cast<double>(sin[size(i % head_dim / 2)]);
+            const auto other = static_cast<double>(x[size(i ^ 1)]);
+            const double a = same * static_cast<double>(cos[size(i % head_dim)]);
+            const double b = other * static_cast<double>(sin[size(i % head_dim)]);
             return std::pair(a + b, 3 * u * (std::fabs(a) + std::fabs(b)));
         });
 }
