@@ -30,7 +30,8 @@ const char* kv_type_name(KvType type) {
 
 std::int64_t KvLayout::head_bytes() const {
     const std::int64_t width = (head_dim + 15) / 16 * 16;
-    const std::int64_t elements = kv_block * (head_dim + width);
+    const std::int64_t columns = type == KvType::int8 ? (head_dim + 3) / 4 * 4 : head_dim;
+    const std::int64_t elements = kv_block * (columns + width);
     switch (type) {
         case KvType::f32:
             return elements * 4;

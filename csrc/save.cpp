@@ -16,7 +16,7 @@ namespace tinyllama {
 namespace {
 
 constexpr std::string_view magic = "TLSAVE";
-constexpr std::uint16_t version = 1;
+constexpr std::uint16_t version = 2;
 constexpr std::size_t checksum_end = magic.size() + sizeof(version) + sizeof(std::uint64_t);
 constexpr std::uint8_t has_decoder = 1, has_request = 2, has_cache = 4;
 constexpr std::int32_t most_short_tokens = 1 << 16;

@@ -235,8 +235,8 @@ def test_another_model_tokenizer_or_version_is_refused(model):
     checkpoint = replace(checkpoint, vocabulary=words)
     with pytest.raises(FormatError, match="another tokenizer"):
         load(gguf_bytes(checkpoint)).restore(blob)
-    with pytest.raises(FormatError, match="is of version 2; this tinyllama reads version 1"):
-        model.restore(blob[:6] + b"\2\0" + blob[8:])
+    with pytest.raises(FormatError, match="is of version 3; this tinyllama reads version 2"):
+        model.restore(blob[:6] + b"\3\0" + blob[8:])
     short = load(gguf_bytes(tiny_checkpoint()), max_seq_len=3)
     with pytest.raises(ContextFullError, match="4 tokens do not fit"):
         short.restore(blob)

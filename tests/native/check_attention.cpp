@@ -35,21 +35,25 @@ struct TestHead {
     // Element d of the key or the value of a position, read as kernel_table.h lays it out.
     double element(bool value, std::int64_t pos, std::int64_t d) const {
         const std::uint8_t* part = head.blocks[pos / kv_block] + head.offset;
+        const std::int64_t n = head.type == KvType::f32 ? 1 : head.type == KvType::bf16 ? 2 : 4;
         const std::int64_t at = pos % kv_block, width = (head.head_dim + 15) / 16 * 16;
-        const bool pairs = head.type == KvType::bf16;
-        const std::int64_t key = pairs ? d / 2 * 32 + at % 16 * 2 + d % 2 : d * 16 + at % 16;
-        const std::int64_t i = !value ? at / 16 * 16 * head.head_dim + key
-                               : pairs
-                                   ? head.head_dim * kv_block + at / 2 * 2 * width + d * 2 + at % 2
-                                   : head.head_dim * kv_block + at * width + d;
+        const std::int64_t columns = (head.head_dim + n - 1) / n * n;
+        const std::int64_t i = value
+                                   ? columns * kv_block + at / n * n * width + d * n + at % n
+                                   : at / 16 * 16 * columns + d / n * 16 * n + at % 16 * n + d % n;
         if (head.type == KvType::f32) return read<float>(part, i);
         if (head.type == KvType::bf16) {
             std::uint16_t bits;
             std::memcpy(&bits, part + 2 * i, sizeof(bits));
             return from_bf16(bits);
         }
-        const double scale = read<float>(part, at + (value ? kv_block : 0));
-        return scale * read<std::int8_t>(part + 2 * kv_block * 4, i);
+        return scale(value, pos) * read<std::int8_t>(part + 2 * kv_block * 4, i);
+    }
+
+    // Of int8.
+    double scale(bool value, std::int64_t pos) const {
+        const std::uint8_t* part = head.blocks[pos / kv_block] + head.offset;
+        return read<float>(part, pos % kv_block + (value ? kv_block : 0));
     }
 
     template <typename T>
@@ -120,22 +124,54 @@ void compare_stored(Run& run, const Case& c, const TestHead& head) {
     }
 }
 
+// A query as bf16 or int8 hold it, where keys and values are of such.
+std::vector<double> as_attended(Run& run, const Case& c, std::size_t query) {
+    const float* const q = c.queries.data() + query * size(c.head_dim);
+    std::vector<double> result(q, q + c.head_dim);
+    if (c.type == KvType::bf16) {
+        std::vector<std::uint16_t> near(size((c.head_dim + 31) / 32 * 32));
+        run.generic->round_bf16(near.data(), q, c.head_dim);
+        std::transform(near.begin(), near.begin() + c.head_dim, result.begin(), from_bf16);
+    } else if (c.type == KvType::int8) {
+        float largest = 0.0f;
+        for (std::int64_t d = 0; d < c.head_dim; ++d)
+            largest = std::max(largest, std::fabs(q[d]));
+        const float scale = largest / 127.0f, inverse = 1.0f / scale;
+        for (std::int64_t d = 0; d < c.head_dim; ++d)
+            result[size(d)] = static_cast<double>(scale) * std::nearbyint(q[d] * inverse);
+    }
+    return result;
+}
+
+// By how much rounding the weights of each span to 127 steps can change an element of the result.
+double lost_in_steps(const Case& c, const TestHead& head, const std::vector<double>& weights,
+                     std::int64_t d) {
+    if (c.type != KvType::int8) return 0.0;
+    double lost = 0.0;
+    const auto n = static_cast<std::int64_t>(weights.size());
+    for (std::int64_t start = 0; start < n; start += 128) {
+        double largest = 0.0, bytes = 0.0;
+        for (std::int64_t pos = start; pos < std::min(start + 128, n); ++pos) {
+            const double scale = head.scale(true, pos);
+            largest = std::max(largest, weights[size(pos)] * scale);
+            bytes += scale == 0.0 ? 0.0 : std::fabs(head.element(true, pos, d)) / scale;
+        }
+        lost += largest / 127 * 0.5001 * bytes;
+    }
+    return lost;
+}
+
 void compare_with_float64(Run& run, const Case& c, const TestHead& head, std::size_t query,
                           const float* got) {
     const std::int64_t n = c.ends[query];
     const double scale = 1.0 / std::sqrt(static_cast<double>(c.head_dim));
-    // With keys and values of bf16 and int8, queries are rounded to bf16.
-    const float* const q = c.queries.data() + query * size(c.head_dim);
-    std::vector<std::uint16_t> near(size((c.head_dim + 31) / 32 * 32));
-    run.generic->round_bf16(near.data(), q, c.head_dim);
+    const std::vector<double> q = as_attended(run, c, query);
     std::vector<double> scores(size(n));
     double largest = -HUGE_VAL, wrong = 0.0;  // the most by which a score can be wrong
     for (std::int64_t pos = 0; pos < n; ++pos) {
         double magnitudes = 0.0;
         for (std::int64_t d = 0; d < c.head_dim; ++d) {
-            const double element =
-                c.type == KvType::f32 ? static_cast<double>(q[d]) : from_bf16(near[size(d)]);
-            const double product = element * head.element(false, pos, d) * scale;
+            const double product = q[size(d)] * head.element(false, pos, d) * scale;
             scores[size(pos)] += product;
             magnitudes += std::fabs(product);
         }
@@ -145,20 +181,22 @@ void compare_with_float64(Run& run, const Case& c, const TestHead& head, std::si
     double total = 0.0;
     for (double& score : scores)
         total += score = std::exp(score - largest);
+    for (double& score : scores)
+        score /= total;
     // e^x is right to 1.02 units; an old span shrinks once for each new one; then two long sums.
-    // Where queries are rounded to bf16, so are the weights.
+    // With bf16 weights are rounded, too.
     const double spans = static_cast<double>(n / 128 + 1);
     const double relative = std::expm1(4 * wrong) + (8 * spans + 2.0 * static_cast<double>(n)) * u +
-                            (c.type == KvType::f32 ? 0.0 : 0x1p-8);
+                            (c.type == KvType::bf16 ? 0x1p-8 : 0.0);
     for (std::int64_t d = 0; d < c.head_dim; ++d) {
         double mean = 0.0, magnitudes = 0.0;
         for (std::int64_t pos = 0; pos < n; ++pos) {
-            const double part = scores[size(pos)] / total * head.element(true, pos, d);
+            const double part = scores[size(pos)] * head.element(true, pos, d);
             mean += part;
             magnitudes += std::fabs(part);
         }
         run.expect_near("attend", size(d), static_cast<double>(got[d]), mean,
-                        relative * magnitudes + 1e-30);
+                        relative * magnitudes + lost_in_steps(c, head, scores, d) + 1e-30);
     }
 }
 
