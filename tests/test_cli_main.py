@@ -163,6 +163,21 @@ def test_show_takes_whatever_carries_a_vocabulary(tmp_path, capsys, kind):
         assert "<0xC3>:198" in shown
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["info", "bundled"],
+        ["eval", "bundled", "--text", "text.txt"],
+        ["generate", "A", "-m", "bundled", "--max-new-tokens", "1"],
+    ],
+)
+def test_the_model_that_ships_can_be_named(tmp_path, monkeypatch, capsys, command):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("Once upon a time there was a dog.")
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out
+
+
 @pytest.mark.parametrize("out", ["none/x.model", "folder.model"])
 def test_train_names_a_place_it_cannot_write_before_it_reads(tmp_path, capsys, out):
     (tmp_path / "folder.model").mkdir()

@@ -295,8 +295,8 @@ def kernel_unpack(
 def kernel_quantize_q8(
     isa: str, x: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """int8 (up to a multiple of 64; 99 is what was not written), a scale per group of 1,024, and the
-    sum of each 32 int8."""
+    """int8 (up to a multiple of 64; 99 is what was not written), a scale per group of 1,024, and
+    the sum of each 32 int8."""
 
 def kernel_hand_out(
     isa: str, x: npt.NDArray[np.float32]

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from ..model import Model
 
 MODELS = """\
-A model is a .gguf file, a Hugging Face directory, a training run's folder, or a llama2.c .bin
-with its tokenizer (--tokenizer, or a tokenizer.bin or .model beside it).
+A model is a .gguf file, a Hugging Face directory, a training run's folder, a llama2.c .bin with
+its tokenizer (--tokenizer, or a tokenizer.bin or .model beside it), or `bundled`, the one that ships.
 """
 
 
@@ -26,10 +26,14 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def open_model(path: str | None, args: argparse.Namespace) -> Model:
     """The model at ``path``, or the one that ships, opened as ``args`` say."""
-    from ..loading import load
+    from ..loading import find_model, load
 
     return load(
-        path, tokenizer=args.tokenizer, dtype=args.dtype, n_threads=args.threads, isa=args.isa
+        None if path is None else find_model(path),
+        tokenizer=args.tokenizer,
+        dtype=args.dtype,
+        n_threads=args.threads,
+        isa=args.isa,
     )
 
 
