@@ -218,8 +218,9 @@ py::array_t<float> kernel_attend(const std::string& isa, const std::string& kv_d
                                  const Array<float>& q, const Array<std::int32_t>& n_positions,
                                  const Array<float>& k, const Array<float>& v) {
     const KernelTable& kernels = kernels_named(isa);
-    require(q.ndim() == 2 && n_positions.ndim() == 1 && n_positions.size() == q.shape(0),
-            "q must be (n_queries, head_dim), n_positions (n_queries,)");
+    require(q.ndim() == 2 && n_positions.ndim() == 1 && n_positions.size() == q.shape(0) &&
+                q.shape(1) % 2 == 0,
+            "q must be (n_queries, head_dim), head_dim even, n_positions (n_queries,)");
     require(k.ndim() == 2 && k.shape(1) == q.shape(1) && v.ndim() == 2 && v.size() == k.size() &&
                 v.shape(1) == k.shape(1),
             "k and v must be (positions, head_dim)");

@@ -62,7 +62,7 @@ struct Output {
 
 // Keys and values of 32 positions, of one layer and all its key heads, lie in one block of memory;
 // a timeline has a list of them. A head's part begins `offset` bytes into each, 64-byte aligned,
-// and holds, with width = head_dim rounded up to 16 and T float, uint16 (bf16) or int8:
+// and holds, with width = head_dim, which is even, rounded up to 16:
 //   f32   float key[2][head_dim][16], of 16 positions each; float value[32][width]
 //   bf16  uint16 key[2][head_dim / 2][16][2], value[16][width][2]
 //   int8  float key_scale[32], value_scale[32]; int8 key[2][n][16][4], n = head_dim / 4 rounded up,

@@ -22,7 +22,7 @@ struct TestHead {
         cache.reserve(0, n_positions);
         head = cache.head(0, 1);
         for (std::int64_t b = 0; b < n_blocks; ++b)
-            std::memset(head.blocks[b], 0, size(cache.layout().block_bytes()));
+            std::memset(head.blocks[b], 0x11, size(cache.layout().block_bytes()));
     }
 
     std::vector<std::uint8_t> bytes() const {
@@ -74,11 +74,11 @@ struct Case {
 };
 
 Case draw_case(Random& random, KvType type, Kind kind) {
-    Case c{kind, type, 2 * (1 + below(random, 50)), 0, {}, {}, {}, {}};
+    Case c{kind, type, 2 * (1 + below(random, 70)), 0, {}, {}, {}, {}};
     c.n_positions = static_cast<std::int32_t>(1 + random.below(random.one_in(2) ? 400 : 40));
     c.keys = draws(random, kind, c.n_positions * c.head_dim);
     c.values = draws(random, kind, c.n_positions * c.head_dim);
-    c.ends.resize(1 + random.below(12));
+    c.ends.resize(1 + random.below(40));
     for (std::int32_t& end : c.ends)
         end = static_cast<std::int32_t>(1 + random.below(size(c.n_positions)));
     c.queries = draws(random, kind, static_cast<std::int64_t>(c.ends.size()) * c.head_dim);

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from ..model import Model
 
 MODELS = """\
-A model is a .gguf file, a Hugging Face directory, a training run's folder, a llama2.c .bin with
-its tokenizer (--tokenizer, or a tokenizer.bin or .model beside it), or `bundled`, the one that ships.
+A model is a .gguf file, a Hugging Face directory, a training run's folder, `bundled` (the one that
+ships), or a llama2.c .bin with its tokenizer (--tokenizer, or a tokenizer.bin or .model beside it).
 """
 
 
