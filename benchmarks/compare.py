@@ -56,6 +56,7 @@ class Measurement:
         self.args, self.name, self.n_threads = args, name, n_threads
         self.files = Files(args.cache, name)
         self.probe = ceiling.Probe(args.cache)
+        self.run_name = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
         self.results: list[dict[str, Any]] = []
         self.left_out: dict[str, str] = {}
         self.versions: dict[str, str] = {}
@@ -231,6 +232,7 @@ class Measurement:
     ) -> None:
         record: dict[str, Any] = {"model": self.name, "threads": self.n_threads, "case": case}
         record |= {"engine": one.engine, "weights": one.label, "kind": one.kind}
+        record["run"] = self.run_name
         record["rounds"] = [turn.pop("value") for turn in turns]
         tokens = sorted(s for turn in turns for s in turn.pop("token_s", []))
         if tokens:

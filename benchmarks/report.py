@@ -41,6 +41,8 @@ tinyllama beside its peers on the same weights, and beside what the machine can 
   could be read (bytes of the matrices over the read bandwidth at that size) and, for prompts and
   streams, how fast they could be multiplied (the unit's peak, tiles loaded from the first-level
   cache included), whichever is slower.
+- Only what one run measured is compared: on another day, or in another hour, the same machine is up
+  to twice as fast or slow. Each line says when it was measured.
 """
 
 
@@ -73,15 +75,18 @@ def _summary(results: list[Result]) -> Iterator[str]:
     for case in dict.fromkeys(r["case"] for r in results):
         form = FIGURES[case.split()[0]][1]
         for ours in _of(results, case, lambda r: r["engine"] == "tinyllama"):
-            same = _best(results, case, lambda r, kind=ours["kind"]: r["kind"] == kind)
-            best = _best(results, case, lambda r: True)
+            together = [r for r in results if r["run"] == ours["run"]]
+            same = _best(together, case, lambda r, kind=ours["kind"]: r["kind"] == kind)
+            best = _best(together, case, lambda r: True)
             share = f"{_median(ours) / ours['ceiling']:.0%}" if "ceiling" in ours else ""
             row = [case, ours["weights"], f"{_median(ours):{form}}", _spread(ours, form)]
             rows.append([*row, share, *_against(ours, same, form), *_against(ours, best, form)])
+            rows[-1].append(_day(ours))
     if rows:
         yield "Ours and the best peers (units are below):\n"
         head = ["case", "weights", "ours", "spread", "of the ceiling"]
         head += ["best peer, same bits", "times the peer", "best peer of all", "times the peer"]
+        head.append("measured")
         yield _table(head, rows)
 
 
@@ -105,10 +110,10 @@ def _all(results: list[Result]) -> Iterator[str]:
                 row += [f"{r['ceiling']:,.0f}", f"{_median(r) / r['ceiling']:.0%}"]
             for name, _, extra_form in extras:
                 row.append("" if r.get(name) is None else f"{r[name]:{extra_form}}")
-            rows.append(row)
+            rows.append([*row, _day(r)])
         head = ["engine", "weights", unit, "spread"] + ["ceiling", "share"] * limited
         yield f"### {case}\n"
-        yield _table(head + [title for _, title, _ in extras], rows)
+        yield _table([*head, *(title for _, title, _ in extras), "measured"], rows)
 
 
 def _of(results: list[Result], case: str, wanted: Callable[[Result], bool]) -> list[Result]:
@@ -131,6 +136,11 @@ def _against(ours: Result, peer: Result | None, form: str) -> list[str]:
 
 def _median(result: Result) -> float:
     return statistics.median(result["rounds"])
+
+
+def _day(result: Result) -> str:
+    day: str = result["run"].split()[0]
+    return day
 
 
 def _spread(result: Result, form: str) -> str:
@@ -185,6 +195,7 @@ def _bars(results: list[Result]) -> Iterator[tuple[str, float, float | None, flo
             results, case, lambda r: r["engine"] == "tinyllama" and r["weights"] == r["kind"]
         )
         for result in sorted(ours, key=lambda r: KINDS.index(r["kind"])):
-            peer = _best(results, case, lambda r, kind=result["kind"]: r["kind"] == kind)
+            together = [r for r in results if r["run"] == result["run"]]
+            peer = _best(together, case, lambda r, kind=result["kind"]: r["kind"] == kind)
             label = f"{case}\n{result['kind']}"
             yield label, _median(result), peer and _median(peer), result["ceiling"]
