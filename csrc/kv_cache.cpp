@@ -28,20 +28,6 @@ const char* kv_type_name(KvType type) {
     }
 }
 
-std::int64_t KvLayout::head_bytes() const {
-    const std::int64_t width = (head_dim + 15) / 16 * 16;
-    const std::int64_t columns = type == KvType::int8 ? (head_dim + 3) / 4 * 4 : head_dim;
-    const std::int64_t elements = kv_block * (columns + width);
-    switch (type) {
-        case KvType::f32:
-            return elements * 4;
-        case KvType::bf16:
-            return elements * 2;
-        default:
-            return elements + 2 * kv_block * static_cast<std::int64_t>(sizeof(float));
-    }
-}
-
 struct KvPool::Slab {
     Slab(std::size_t n, std::size_t block_bytes) : memory(size_of(n, block_bytes)), blocks(n) {
         for (std::size_t i = n; i-- > 0;) {

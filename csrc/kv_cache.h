@@ -27,7 +27,7 @@ struct KvLayout {
     std::int64_t head_dim;
     KvType type;
 
-    std::int64_t head_bytes() const;  // a multiple of 64
+    std::int64_t head_bytes() const { return kv_part_bytes(type, head_dim); }  // a multiple of 64
     std::int64_t block_bytes() const { return n_layers * n_kv_heads * head_bytes(); }
     // What a position costs a timeline, all layers together. Exact: blocks have no other bytes.
     std::int64_t bytes_per_position() const { return block_bytes() / kv_block; }

@@ -72,6 +72,19 @@ struct Output {
 constexpr int64_t kv_block = 32;
 enum class KvType : uint8_t { f32, bf16, int8 };
 
+// Columns of a key, elements of a value, and bytes of a head's part as they are stored.
+constexpr int64_t kv_columns(KvType type, int64_t head_dim) {
+    return type == KvType::int8 ? (head_dim + 3) / 4 * 4 : head_dim;
+}
+constexpr int64_t kv_width(int64_t head_dim) { return (head_dim + 15) / 16 * 16; }
+constexpr int64_t kv_scales_bytes = 2 * kv_block * 4;
+constexpr int64_t kv_part_bytes(KvType type, int64_t head_dim) {
+    const int64_t elements = kv_block * (kv_columns(type, head_dim) + kv_width(head_dim));
+    return type == KvType::f32    ? elements * 4
+           : type == KvType::bf16 ? elements * 2
+                                  : elements + kv_scales_bytes;
+}
+
 struct KvHead {
     uint8_t* const* blocks;  // block i holds positions [32 i, 32 i + 32)
     int64_t offset;
