@@ -92,7 +92,7 @@ void Pass::begin(const std::vector<Row>& rows, const Tap* tap) {
     for (std::int64_t row = 0; row < n_; ++row) {
         n_positions_ += at(row).pos + 1;
         places_.push_back(n_wanted());
-        if (at(row).logits != nullptr) wanted_.push_back(row);
+        if (at(row).is_wanted()) wanted_.push_back(row);
         if (row == 0 || at(row).cache != at(row - 1).cache) timelines_.push_back({row, row});
         timelines_.back().end = row + 1;
     }
@@ -143,8 +143,11 @@ void Pass::advance(std::int64_t n) {
 void Pass::drop(const KvCache& cache) {
     for (Range& timeline : timelines_) {
         if (at(timeline.begin).cache != &cache) continue;
-        for (std::int64_t row = timeline.begin; row < timeline.end; ++row)
-            rows_[static_cast<std::size_t>(row)].logits = nullptr;
+        for (auto row = static_cast<std::size_t>(timeline.begin);
+             row < static_cast<std::size_t>(timeline.end); ++row) {
+            rows_[row].logits = nullptr;
+            rows_[row].excerpt = nullptr;
+        }
         timeline.end = timeline.begin;
     }
 }
@@ -253,7 +256,7 @@ void Pass::attend(std::int32_t layer, const Range& timeline, std::int64_t kv_hea
     std::int32_t n_positions[max_queries];
     std::int64_t n = 0;
     for (std::int64_t row = timeline.begin; row < timeline.end; ++row) {
-        if (only_wanted && at(row).logits == nullptr) continue;
+        if (only_wanted && !at(row).is_wanted()) continue;
         const std::int64_t place = only_wanted ? places_[static_cast<std::size_t>(row)] : row;
         for (std::int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
             q[n] = query(row, head);
@@ -310,11 +313,7 @@ void Pass::output(const Team& team, std::int64_t first, std::int64_t last) {
         matmul(head, h, {tile - begin, width, false}, n, some);
         for (std::int64_t i = 0; i < n; ++i) {
             const Row& row = at(wanted_[static_cast<std::size_t>(i)]);
-            if (row.logits == nullptr) continue;  // dropped
-            float* const maxima =
-                row.maxima == nullptr ? nullptr : row.maxima + begin / weigh_block;
-            largest = std::max(
-                largest, k_.hand_out(row.logits + begin, maxima, tile + i * width, end - begin));
+            largest = std::max(largest, hand_out(row, begin, tile + i * width, end - begin));
         }
     }
     if (largest >= 0x7f800000) all_finite_.store(false, std::memory_order_relaxed);
@@ -323,6 +322,18 @@ void Pass::output(const Team& team, std::int64_t first, std::int64_t last) {
     for (const std::int64_t row : wanted_)
         logits.insert(logits.end(), at(row).logits, at(row).logits + c_.vocab_size);
     show("logits", logits, c_.vocab_size);
+}
+
+// Logits [begin, begin + n) go where they are asked for, to nowhere if their row was dropped.
+// Returns the bits of the largest magnitude.
+std::int32_t Pass::hand_out(const Row& row, std::int64_t begin, float* logits, std::int64_t n) {
+    std::int32_t largest = 0;
+    if (row.logits != nullptr) {
+        float* const maxima = row.maxima == nullptr ? nullptr : row.maxima + begin / weigh_block;
+        largest = k_.hand_out(row.logits + begin, maxima, logits, n);
+    }
+    if (row.excerpt == nullptr) return largest;
+    return std::max(largest, row.excerpt->take(k_, begin, logits, n));
 }
 
 // rms_norm of the first n rows of x, or of those wanted, in the forms their readers ask for. A

@@ -13,6 +13,7 @@
 #include "kv_cache.h"
 #include "model.h"
 #include "parallel.h"
+#include "softmax.h"
 
 namespace tinyllama {
 
@@ -22,8 +23,11 @@ struct Row {
     KvCache* cache;
     std::int32_t pos;
     std::int32_t token;
-    float* logits;            // (vocab_size) out, or null where nobody asks
-    float* maxima = nullptr;  // (blocks of 64 of them) out, the largest of each, or null
+    float* logits;               // (vocab_size) out, or null where nobody asks
+    float* maxima = nullptr;     // (blocks of 64 of them) out, the largest of each, or null
+    Excerpt* excerpt = nullptr;  // out, or null
+
+    bool is_wanted() const { return logits != nullptr || excerpt != nullptr; }
 };
 
 // What matrix products read in place of floats, in the form that their weights ask for. `width` is
@@ -83,6 +87,7 @@ private:
     void attend(std::int32_t layer, const Range& timeline, std::int64_t kv_head, bool only_wanted);
     void feed_forward(const Team& team, std::int32_t layer, const LayerWeights& w, std::int64_t n);
     void output(const Team& team, std::int64_t first, std::int64_t last);
+    std::int32_t hand_out(const Row& row, std::int64_t begin, float* logits, std::int64_t n);
 
     Input norm(const Team& team, const float* weight, const Asked& asked, std::int64_t n,
                bool of_wanted = false);

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <string>
 
+#include "softmax.h"
 #include "status.h"
 #include "tokenizer.h"
 
@@ -453,24 +454,6 @@ std::size_t sample_one_of(const KernelTable& kernels, const std::vector<double>&
     return static_cast<std::size_t>(draw_or_choose(kernels, buffers, few, params, random));
 }
 
-std::vector<double> log_probabilities(const KernelTable& kernels, const Logits& logits,
-                                      const std::vector<std::int32_t>& tokens) {
-    Buffers& buffers = this_threads_buffers();
-    const float most = logits.largest();
-    weigh(kernels, buffers, logits, most, 1.0f);
-    const double log_of_all = std::log(buffers.sums.all);
-    std::vector<double> result;
-    for (const std::int32_t token : tokens) {
-        const float logit = logits.values[static_cast<std::size_t>(token)];
-        result.push_back(static_cast<double>(logit) - static_cast<double>(most) - log_of_all);
-    }
-    return result;
-}
-
-double log_probability(const KernelTable& kernels, const Logits& logits, std::int32_t token) {
-    return log_probabilities(kernels, logits, {token})[0];
-}
-
 std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const KernelTable& kernels,
                                                                    const Logits& logits,
                                                                    std::int32_t n) {
@@ -485,7 +468,7 @@ std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const KernelT
     std::stable_sort(result.begin(), result.end(),
                      [&](const auto& a, const auto& b) { return logit(a.first) > logit(b.first); });
     const std::int32_t first = result[0].first;
-    const double best = log_probability(kernels, logits, first);
+    const double best = log_probabilities(kernels, logits, {first})[0];
     for (auto& [token, probability] : result) {
         probability =
             best + (static_cast<double>(logit(token)) - static_cast<double>(logit(first)));

@@ -52,11 +52,6 @@ std::int32_t sample(const KernelTable& kernels, Logits& logits,
 std::size_t sample_one_of(const KernelTable& kernels, const std::vector<double>& scores,
                           const SamplingParams& params, RandomState& random);
 
-// Natural logarithms of the probabilities of tokens under softmax(logits).
-std::vector<double> log_probabilities(const KernelTable& kernels, const Logits& logits,
-                                      const std::vector<std::int32_t>& tokens);
-double log_probability(const KernelTable& kernels, const Logits& logits, std::int32_t token);
-
 // The n most likely tokens and their log-probabilities, best first, lowest id first on ties.
 std::vector<std::pair<std::int32_t, double>> top_log_probabilities(const KernelTable& kernels,
                                                                    const Logits& logits,

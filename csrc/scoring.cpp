@@ -11,38 +11,20 @@ namespace tinyllama {
 
 namespace {
 
-// A token that may follow what was read up to a row.
-struct Target {
-    std::size_t row;
-    std::int32_t token;
-};
-
-// How likely targets are by rows of logits (rows, vocab_size); those of a row stand together.
-std::vector<Likelihood> by_rows(const Model& model, const float* logits,
-                                const std::vector<Target>& targets) {
-    const auto n_logits = static_cast<std::size_t>(model.config().vocab_size);
-    std::vector<Likelihood> found(targets.size());
+// What was asked of the first n excerpts, in order.
+std::vector<Likelihood> likelihoods_of(const Model& model, const std::vector<Excerpt>& excerpts,
+                                       std::size_t n) {
+    std::vector<std::vector<Likelihood>> of_each(n);
     Threads& threads = model.threads();
-    const auto n = static_cast<std::int64_t>(targets.size());
-    threads.parallel_for(threads.size(), n, [&](std::int64_t begin, std::int64_t end) {
-        Logits one;
-        one.resize(n_logits);
-        std::vector<std::int32_t> tokens;
-        for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end);) {
-            const std::size_t row = targets[i].row;
-            tokens.clear();
-            for (auto k = i; k < static_cast<std::size_t>(end) && targets[k].row == row; ++k)
-                tokens.push_back(targets[k].token);
-            std::copy_n(logits + row * n_logits, n_logits, one.values.begin());
-            one.find_maxima();
-            const float largest = one.largest();
-            for (const double logprob : log_probabilities(model.kernels(), one, tokens)) {
-                const auto token = static_cast<std::size_t>(targets[i].token);
-                found[i++] = {logprob, one.values[token] == largest};
-            }
-        }
-    });
-    return found;
+    threads.parallel_for(
+        threads.size(), static_cast<std::int64_t>(n), [&](std::int64_t begin, std::int64_t end) {
+            for (auto i = static_cast<std::size_t>(begin); i < static_cast<std::size_t>(end); ++i)
+                of_each[i] = excerpts[i].likelihoods(model.kernels());
+        });
+    std::vector<Likelihood> all;
+    for (const std::vector<Likelihood>& some : of_each)
+        all.insert(all.end(), some.begin(), some.end());
+    return all;
 }
 
 // Many texts as a radix tree: what several begin with is read once. Each pass takes the branches
@@ -52,9 +34,11 @@ class TextTree {
 public:
     TextTree(const Model& model, const std::vector<std::vector<std::int32_t>>& texts,
              const std::vector<std::int32_t>& n_given)
-        : model_(model), texts_(texts), n_given_(n_given), likelihoods_(texts.size()) {
-        const auto n_logits = static_cast<std::size_t>(model.config().vocab_size);
-        logits_.reset(new float[max_rows * n_logits]);  // what nobody writes costs nothing
+        : model_(model),
+          texts_(texts),
+          n_given_(n_given),
+          likelihoods_(texts.size()),
+          excerpts_(max_rows) {
         for (std::size_t i = 0; i < texts.size(); ++i) {
             if (static_cast<std::size_t>(n_given[i]) < texts[i].size()) order_.push_back(i);
         }
@@ -81,7 +65,7 @@ private:
 
     const std::vector<std::int32_t>& text(std::size_t i) const { return texts_[order_[i]]; }
     void add_rows(Branch* branch);
-    void add_targets(const Branch& branch, std::size_t pos);
+    void ask(const Branch& branch, std::size_t pos);
     void add_children(const Branch& branch);
 
     const Model& model_;
@@ -94,14 +78,14 @@ private:
 
     // Of the pass that is being made:
     std::vector<Row> rows_;
-    std::unique_ptr<float[]> logits_;  // (rows that ask for them, vocab_size)
-    std::vector<Target> targets_;
-    std::vector<std::size_t> owners_;  // the texts of the targets
+    std::vector<Excerpt> excerpts_;  // of the rows of which something is asked, in order
+    std::size_t n_excerpts_ = 0;
+    std::vector<std::size_t> owners_;  // the texts of what is asked
 };
 
 void TextTree::read_some() {
     rows_.clear();
-    targets_.clear();
+    n_excerpts_ = 0;
     owners_.clear();
     std::vector<Branch> read;
     while (!branches_.empty() && rows_.size() < max_rows) {
@@ -110,7 +94,7 @@ void TextTree::read_some() {
         add_rows(&read.back());
     }
     read_rows(model_, rows_);
-    const std::vector<Likelihood> found = by_rows(model_, logits_.get(), targets_);
+    const std::vector<Likelihood> found = likelihoods_of(model_, excerpts_, n_excerpts_);
     for (std::size_t i = 0; i < found.size(); ++i) {
         Likelihood& likelihood = likelihoods_[owners_[i]];
         likelihood.logprob += found[i].logprob;
@@ -137,24 +121,26 @@ void TextTree::add_rows(Branch* branch) {
     cache->reserve(pos_begin, static_cast<std::int32_t>(end));
     for (std::size_t pos = begin; pos < end; ++pos) {
         rows_.push_back({cache.get(), static_cast<std::int32_t>(pos), first[pos], nullptr});
-        add_targets(*branch, pos);
+        ask(*branch, pos);
     }
     branch->n_read = end;
 }
 
-// What follows token pos, which was added last, in the texts of a branch.
-void TextTree::add_targets(const Branch& branch, std::size_t pos) {
-    const std::size_t row = targets_.empty() ? 0 : targets_.back().row + 1;
+// For what follows token pos, which was added last, in the texts of a branch.
+void TextTree::ask(const Branch& branch, std::size_t pos) {
+    Excerpt& excerpt = excerpts_[n_excerpts_];
+    excerpt.clear(static_cast<std::size_t>(model_.config().vocab_size));
     for (std::size_t i = branch.begin; i < branch.end; ++i) {
         const std::size_t next = pos + 1;
         if (next < static_cast<std::size_t>(n_given_[order_[i]]) || next == text(i).size())
             continue;
-        targets_.push_back({row, text(i)[next]});
+        excerpt.ask(text(i)[next]);  // ascending, as the texts are in order
         owners_.push_back(order_[i]);
         if (next + 1 == text(i).size()) ++n_done_;
-        rows_.back().logits =
-            logits_.get() + row * static_cast<std::size_t>(model_.config().vocab_size);
     }
+    if (!excerpt.is_asked()) return;
+    rows_.back().excerpt = &excerpt;
+    ++n_excerpts_;
 }
 
 // The branches that a branch parts into where it was read up to.
@@ -175,6 +161,7 @@ std::vector<double> score(Session& session, const std::vector<std::int32_t>& tok
                           const std::function<void()>& between_chunks) {
     const Model& model = session.model();
     const auto n_logits = static_cast<std::size_t>(model.config().vocab_size);
+    std::vector<Excerpt> excerpts(std::min(tokens.size(), max_rows));
     std::vector<double> scores(tokens.size(), std::numeric_limits<double>::quiet_NaN());
     if (tokens.empty()) return scores;
     session.check(tokens.data(), tokens.size());
@@ -183,13 +170,14 @@ std::vector<double> score(Session& session, const std::vector<std::int32_t>& tok
     try {
         for (std::size_t begin = 0; begin < tokens.size(); begin += max_rows) {
             const std::size_t end = std::min(tokens.size(), begin + max_rows);
-            std::vector<float> logits((end - begin) * n_logits);
-            feed({{&session, TokenSpan(tokens.data() + begin, end - begin), logits.data()}},
+            for (std::size_t i = begin; i < end; ++i) {
+                excerpts[i - begin].clear(n_logits);
+                if (i + 1 < tokens.size()) excerpts[i - begin].ask(tokens[i + 1]);
+            }
+            feed({{&session, TokenSpan(tokens.data() + begin, end - begin), nullptr,
+                   excerpts.data()}},
                  between_chunks);
-            std::vector<Target> targets;
-            for (std::size_t i = begin; i < end && i + 1 < tokens.size(); ++i)
-                targets.push_back({i - begin, tokens[i + 1]});
-            const std::vector<Likelihood> found = by_rows(model, logits.data(), targets);
+            const std::vector<Likelihood> found = likelihoods_of(model, excerpts, end - begin);
             for (std::size_t i = 0; i < found.size(); ++i)
                 scores[begin + 1 + i] = found[i].logprob;
             between_chunks();
@@ -239,18 +227,20 @@ std::vector<double> score_ways(Session& session, const std::vector<std::vector<s
             n_rows += ways[end++].size() - 1;
         } while (end < ways.size() && n_rows + ways[end].size() - 1 <= max_rows);
         std::vector<std::shared_ptr<Session>> forks;
-        std::vector<float> logits(n_rows * n_logits);
+        std::vector<Excerpt> excerpts(n_rows);
         std::vector<Feed> feeds;
-        std::vector<Target> targets;
+        std::size_t n = 0;
         for (std::size_t i = begin; i < end; ++i) {
             forks.push_back(session.fork(0));
             feeds.push_back({forks.back().get(), TokenSpan(ways[i].data(), ways[i].size() - 1),
-                             logits.data() + targets.size() * n_logits});
-            for (std::size_t k = 1; k < ways[i].size(); ++k)
-                targets.push_back({targets.size(), ways[i][k]});
+                             nullptr, excerpts.data() + n});
+            for (std::size_t k = 1; k < ways[i].size(); ++k, ++n) {
+                excerpts[n].clear(n_logits);
+                excerpts[n].ask(ways[i][k]);
+            }
         }
         feed(feeds, between_chunks);
-        const std::vector<Likelihood> found = by_rows(model, logits.data(), targets);
+        const std::vector<Likelihood> found = likelihoods_of(model, excerpts, n_rows);
         for (std::size_t i = begin, row = 0; i < end; ++i) {
             for (std::size_t k = 1; k < ways[i].size(); ++k)
                 scores[i] += found[row++].logprob;

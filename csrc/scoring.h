@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "session.h"
+#include "softmax.h"
 
 namespace tinyllama {
 
@@ -16,16 +17,11 @@ namespace tinyllama {
 std::vector<double> score(Session& session, const std::vector<std::int32_t>& tokens,
                           const std::function<void()>& between_chunks);
 
-// The logarithm of the probability of some tokens, and whether each is the likeliest in its place.
-struct Likelihood {
-    double logprob = 0;
-    bool greedy = true;
-};
-
-// Of each of many texts, from token n_given[i] on, given all before it. What several begin with is
-// read once; a text may have a token more than the context. between_passes learns how many texts
-// are done, and may throw to stop. Throws Error: before anything is read, invalid_argument for a
-// text with nothing given or a token outside the vocabulary, context_full; nonfinite.
+// The likelihood of each of many texts, from token n_given[i] on, given all before it. What several
+// begin with is read once; a text may have a token more than the context. between_passes learns how
+// many texts are done, and may throw to stop. Throws Error: before anything is read,
+// invalid_argument for a text with nothing given or a token outside the vocabulary, context_full;
+// nonfinite.
 std::vector<Likelihood> score_texts(const std::shared_ptr<const Model>& model,
                                     const std::vector<std::vector<std::int32_t>>& texts,
                                     const std::vector<std::int32_t>& n_given,

@@ -26,7 +26,7 @@ private:
     std::unique_ptr<Pass> pass_;
 };
 
-// Names the first logit that is not a finite number, if there is one.
+// Names a logit that is not a finite number, or its position, if there is one.
 void refuse_nonfinite(const Model& model, const Row& row) {
     const std::int32_t vocab_size = model.config().vocab_size;
     for (std::int32_t i = 0; row.logits != nullptr && i < vocab_size; ++i) {
@@ -34,6 +34,10 @@ void refuse_nonfinite(const Model& model, const Row& row) {
         throw Error(Status::nonfinite, model.name() + ": the logit of token " + std::to_string(i) +
                                            " at position " + std::to_string(row.pos) +
                                            " is not finite");
+    }
+    if (row.excerpt != nullptr && !row.excerpt->all_finite()) {
+        throw Error(Status::nonfinite, model.name() + ": a logit at position " +
+                                           std::to_string(row.pos) + " is not finite");
     }
 }
 
@@ -367,7 +371,9 @@ void feed(const std::vector<Feed>& feeds, const std::function<void()>& between_c
             reading.emplace_back(&session, n);
             for (auto row = rows.end() - static_cast<std::ptrdiff_t>(n); row != rows.end(); ++row) {
                 const auto pos = static_cast<std::size_t>(row->pos);
-                if (feed.all_logits == nullptr || pos < n_before) continue;
+                if (pos < n_before) continue;
+                if (feed.excerpts != nullptr) row->excerpt = feed.excerpts + (pos - n_before);
+                if (feed.all_logits == nullptr) continue;
                 row->logits = feed.all_logits + (pos - n_before) * vocab_size;
                 row->maxima = nullptr;
             }

@@ -191,7 +191,8 @@ void draw_each(std::vector<Draw>& draws);
 struct Feed {
     Session* session;
     TokenSpan tokens;
-    float* all_logits;  // (tokens.size, vocab_size) out, or null
+    float* all_logits;            // (tokens.size, vocab_size) out, or null
+    Excerpt* excerpts = nullptr;  // (tokens.size) out, or null
 };
 
 // Appends tokens to sessions of one model as one batch, cut into chunks where it is long;
