@@ -121,7 +121,8 @@ py::array_t<float> kernel_matmul(const std::string& isa, const std::string& dtyp
                                  const Array<float>& x, std::int64_t begin, std::int64_t end,
                                  bool add) {
     const KernelTable& k = kernels_named(isa);
-    const DType dtype = find_dtype(dtype_text);
+    const bool q24 = dtype_text == "q24";
+    const DType dtype = q24 ? DType::f32 : find_dtype(dtype_text);
     Packed w(k, dtype, weights, rows, cols);
     if (end < 0) end = w.n_panels;
     require(x.ndim() == 2 && x.shape(1) == cols, "x must be (n_tokens, cols)");
@@ -131,7 +132,17 @@ py::array_t<float> kernel_matmul(const std::string& isa, const std::string& dtyp
     std::fill(out.mutable_data(), out.mutable_data() + out.size(),
               add ? 1.0f : std::numeric_limits<float>::quiet_NaN());
     const Output y = {out.mutable_data(), width, add};
-    if (dtype == DType::f32) {
+    if (q24) {
+        require(k.matmul_q24 != nullptr, "this set has no q24");
+        const std::int64_t stride = (cols + 63) / 64 * 64;
+        std::vector<std::int8_t> digits(static_cast<std::size_t>(3 * n_tokens * stride), 99);
+        std::vector<float> scales(static_cast<std::size_t>(n_tokens * n_groups(cols)));
+        for (std::int64_t t = 0; t < n_tokens; ++t) {
+            k.quantize_q24(digits.data() + 3 * t * stride, scales.data() + t * n_groups(cols),
+                           x.data() + t * cols, cols);
+        }
+        k.matmul_q24(y, w.panels, {digits.data(), scales.data(), stride}, n_tokens, begin, end);
+    } else if (dtype == DType::f32) {
         k.matmul_f32(y, w.panels, x.data(), cols, n_tokens, begin, end);
     } else if (dtype == DType::bf16) {
         const std::vector<std::uint16_t> near = rounded(k, x.data(), n_tokens, cols);

@@ -40,21 +40,27 @@ std::int64_t n_panels(const Matrix& w) { return (w.rows + panel_rows - 1) / pane
 
 // The forms of one input that the matrices reading it ask for, beside floats.
 struct Pass::Asked {
+    bool f32 = false;
     bool bf16 = false;
     bool q8 = false;
     Asked(std::initializer_list<const Matrix*> readers) {
         for (const Matrix* w : readers) {
+            f32 = f32 || w->dtype == DType::f32;
             bf16 = bf16 || w->dtype == DType::bf16;
             q8 = q8 || w->dtype == DType::q8_0 || w->dtype == DType::q4_0;
         }
     }
 
     // Makes room for n rows.
-    void fit(Forms* forms, std::int64_t n, std::int64_t width) const {
+    void fit(Forms* forms, std::int64_t n, std::int64_t width, bool f32_as_q24) const {
         const auto size = [n](std::int64_t per_row) {
             return static_cast<std::size_t>(n * per_row);
         };
         if (bf16) forms->bf16.resize(size(round_up(width, block_size)));
+        if (f32 && f32_as_q24) {
+            forms->q24.resize(size(3 * round_up(width, 64)));
+            forms->q24_scales.resize(size(n_groups(width)));
+        }
         if (!q8) return;
         forms->q8.resize(size(round_up(width, 64)));
         forms->scales.resize(size(n_groups(width)));
@@ -81,9 +87,10 @@ Pass::Pass(const Model& model) : model_(model), c_(model.config()), k_(model.ker
     n_pieces_ = n_done_ = 2 * c_.n_layers + n_output_pieces_;
 }
 
-void Pass::begin(const std::vector<Row>& rows, const Tap* tap) {
+void Pass::begin(const std::vector<Row>& rows, const Tap* tap, F32Products f32) {
     rows_ = rows;
     tap_ = tap;
+    f32_as_q24_ = f32 == F32Products::q24 && k_.matmul_q24 != nullptr;
     n_ = static_cast<std::int64_t>(rows.size());
     n_positions_ = 0;
     wanted_.clear();
@@ -152,8 +159,8 @@ void Pass::drop(const KvCache& cache) {
     }
 }
 
-bool Pass::run(const std::vector<Row>& rows, const Tap* tap) {
-    begin(rows, tap);
+bool Pass::run(const std::vector<Row>& rows, const Tap* tap, F32Products f32) {
+    begin(rows, tap, f32);
     advance(n_left());
     return all_finite();
 }
@@ -361,7 +368,7 @@ Pass::Input Pass::converted(const Team& team, const AlignedVector<float>& rows, 
     const Range mine = alone ? Range{0, 1} : team.share(n);
     for (std::int64_t row = mine.begin; row < mine.end; ++row)
         convert(&forms_[slot], row, rows.data() + row * width, width, asked);
-    if (!alone && (asked.bf16 || asked.q8)) team.barrier();
+    if (!alone && (asked.bf16 || asked.q8 || (asked.f32 && f32_as_q24_))) team.barrier();
     return {rows.data(), &forms_[slot]};
 }
 
@@ -369,6 +376,10 @@ void Pass::convert(Forms* forms, std::int64_t row, const float* values, std::int
                    const Asked& asked) {
     if (asked.bf16) {
         k_.round_bf16(forms->bf16.data() + row * round_up(width, block_size), values, width);
+    }
+    if (asked.f32 && f32_as_q24_) {
+        k_.quantize_q24(forms->q24.data() + row * 3 * round_up(width, 64),
+                        forms->q24_scales.data() + row * n_groups(width), values, width);
     }
     if (!asked.q8) return;
     k_.quantize_q8(forms->q8.data() + row * round_up(width, 64),
@@ -405,7 +416,10 @@ void Pass::matmul(const Matrix& w, const Input& h, const Output& y, std::int64_t
     if (panels.begin >= panels.end) return;
     const std::int64_t cols = w.cols;
     const Forms& f = *h.forms;
-    if (w.dtype == DType::f32) {
+    if (w.dtype == DType::f32 && f32_as_q24_) {
+        k_.matmul_q24(y, w.panels, {f.q24.data(), f.q24_scales.data(), round_up(cols, 64)}, n,
+                      panels.begin, panels.end);
+    } else if (w.dtype == DType::f32) {
         k_.matmul_f32(y, w.panels, h.values, cols, n, panels.begin, panels.end);
     } else if (w.dtype == DType::bf16) {
         k_.matmul_bf16(y, w.panels, f.bf16.data(), round_up(cols, block_size), n, panels.begin,
@@ -444,7 +458,7 @@ void Pass::allocate() {
     for (std::size_t i = 0; i < n_teammates; ++i) {
         const std::int64_t n = i == 0 ? n_ : 1;
         normed_[i].resize(static_cast<std::size_t>(n * c_.dim));
-        all.fit(&forms_[i], n, widest);
+        all.fit(&forms_[i], n, widest, f32_as_q24_);
     }
 }
 
@@ -452,6 +466,7 @@ Pass::Asked Pass::asked_by_model() const {
     Asked all{&model_.weights().lm_head};
     for (const LayerWeights& w : model_.weights().layers) {
         const Asked of_layer{&w.wq, &w.wk, &w.wv, &w.wo, &w.w_gate, &w.w_up, &w.w_down};
+        all.f32 = all.f32 || of_layer.f32;
         all.bf16 = all.bf16 || of_layer.bf16;
         all.q8 = all.q8 || of_layer.q8;
     }

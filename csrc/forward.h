@@ -37,7 +37,13 @@ struct Forms {
     AlignedVector<std::int8_t> q8;      // (n, width rounded up to 64), with
     AlignedVector<float> scales;        // (n, groups in width) and
     AlignedVector<std::int32_t> sums;   // (n, width / 32)
+    AlignedVector<std::int8_t> q24;     // (n, 3, width rounded up to 64), with
+    AlignedVector<float> q24_scales;    // (n, groups in width)
 };
+
+// How matrices of f32 are multiplied: by matmul_f32, as every timeline promises to be, or by
+// matmul_q24 where the processor has it, which suits those that nobody goes on with.
+enum class F32Products { in_order, q24 };
 
 // Shown each named stage: values is (n_rows, width), row-major, valid during the call only.
 using Tap = std::function<void(const std::string& stage, const float* values, std::int64_t n_rows,
@@ -50,7 +56,8 @@ public:
 
     // Takes up a batch, of at least one row, in place of the one before. Memory is kept between
     // batches. With a tap it runs on one thread.
-    void begin(const std::vector<Row>& rows, const Tap* tap = nullptr);
+    void begin(const std::vector<Row>& rows, const Tap* tap = nullptr,
+               F32Products f32 = F32Products::in_order);
 
     // Pieces still to do: halves of layers, then parts of the output head; amounts are
     // multiplications.
@@ -72,7 +79,8 @@ public:
     void drop(const KvCache& cache);
 
     // All of it at once; returns whether every logit is a finite number.
-    bool run(const std::vector<Row>& rows, const Tap* tap = nullptr);
+    bool run(const std::vector<Row>& rows, const Tap* tap = nullptr,
+             F32Products f32 = F32Products::in_order);
 
     // Whether every logit written is a finite number.
     bool all_finite() const { return all_finite_.load(std::memory_order_relaxed); }
@@ -123,6 +131,7 @@ private:
 
     std::vector<Row> rows_;
     const Tap* tap_ = nullptr;
+    bool f32_as_q24_ = false;
     std::int64_t n_ = 0;                // rows
     std::int64_t n_positions_ = 0;      // that the rows look at, all together
     std::vector<std::int64_t> wanted_;  // rows whose logits are asked for

@@ -29,7 +29,11 @@ const char* kv_type_name(KvType type) {
 }
 
 struct KvPool::Slab {
+    // All zeros at first: floats that kernels read beside those of a timeline, and forget, may be
+    // those of another one, but hardly a subnormal number, which would take a hundred times as
+    // long.
     Slab(std::size_t n, std::size_t block_bytes) : memory(size_of(n, block_bytes)), blocks(n) {
+        std::memset(memory.data(), 0, n * block_bytes);
         for (std::size_t i = n; i-- > 0;) {
             blocks[i].data = memory.data() + i * block_bytes;
             blocks[i].slab = this;
@@ -84,12 +88,7 @@ void KvPool::release(Block* block) {
 
 void KvPool::keep(std::size_t n_blocks) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (n_blocks > n_free_) {
-        add_slab(n_blocks - n_free_);
-        const Slab& slab = *slabs_.back();
-        std::memset(slab.memory.data(), 0,
-                    slab.blocks.size() * static_cast<std::size_t>(layout_.block_bytes()));
-    }
+    if (n_blocks > n_free_) add_slab(n_blocks - n_free_);
     n_keepers_ += 1;
 }
 

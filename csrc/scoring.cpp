@@ -93,7 +93,7 @@ void TextTree::read_some() {
         branches_.pop_back();
         add_rows(&read.back());
     }
-    read_rows(model_, rows_);
+    read_rows(model_, rows_, nullptr, F32Products::q24);
     const std::vector<Likelihood> found = likelihoods_of(model_, excerpts_, n_excerpts_);
     for (std::size_t i = 0; i < found.size(); ++i) {
         Likelihood& likelihood = likelihoods_[owners_[i]];

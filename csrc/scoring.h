@@ -19,9 +19,10 @@ std::vector<double> score(Session& session, const std::vector<std::int32_t>& tok
 
 // The likelihood of each of many texts, from token n_given[i] on, given all before it. What several
 // begin with is read once; a text may have a token more than the context. between_passes learns how
-// many texts are done, and may throw to stop. Throws Error: before anything is read,
-// invalid_argument for a text with nothing given or a token outside the vocabulary, context_full;
-// nonfinite.
+// many texts are done, and may throw to stop. Matrices of f32 are multiplied by matmul_q24 where
+// there is one: the last bits are not those of a session, but neither other texts nor threads
+// change them. Throws Error: before anything is read, invalid_argument for a text with nothing
+// given or a token outside the vocabulary, context_full; nonfinite.
 std::vector<Likelihood> score_texts(const std::shared_ptr<const Model>& model,
                                     const std::vector<std::vector<std::int32_t>>& texts,
                                     const std::vector<std::int32_t>& n_given,

@@ -43,9 +43,9 @@ void refuse_nonfinite(const Model& model, const Row& row) {
 
 }  // namespace
 
-void read_rows(const Model& model, const std::vector<Row>& rows, const Tap* tap) {
+void read_rows(const Model& model, const std::vector<Row>& rows, const Tap* tap, F32Products f32) {
     BorrowedPass pass(model);
-    const bool all_finite = pass->run(rows, tap);
+    const bool all_finite = pass->run(rows, tap, f32);
     for (const Row& row : rows)
         if (!all_finite) refuse_nonfinite(model, row);
 }

@@ -24,7 +24,8 @@ struct Draw;
 struct Feed;
 
 // Reads rows in one pass. Throws Error(nonfinite) when a logit asked for is not a finite number.
-void read_rows(const Model& model, const std::vector<Row>& rows, const Tap* tap = nullptr);
+void read_rows(const Model& model, const std::vector<Row>& rows, const Tap* tap = nullptr,
+               F32Products f32 = F32Products::in_order);
 
 // Rows computed together: enough to read each weight once for many, small enough for the caches.
 constexpr std::size_t max_rows = 256;

@@ -169,6 +169,7 @@ def test_show_takes_whatever_carries_a_vocabulary(tmp_path, capsys, kind):
         ["info", "bundled"],
         ["eval", "bundled", "--text", "text.txt"],
         ["generate", "A", "-m", "bundled", "--max-new-tokens", "1"],
+        ["export", "bundled", "--out", "copy.gguf"],
     ],
 )
 def test_the_model_that_ships_can_be_named(tmp_path, monkeypatch, capsys, command):

@@ -306,6 +306,72 @@ def test_matmul_keeps_nan_to_its_own_token(isa: str, dtype: str) -> None:
     assert np.isfinite(np.delete(y, 2, axis=0)).all()
 
 
+Q24_ISAS = [isa for isa in _core.supported_isas() if isa == "avx512amx"]
+q24 = pytest.mark.skipif(not Q24_ISAS, reason="no set of this CPU has matmul_q24")
+
+
+def digits(x: F32) -> tuple[npt.NDArray[np.float64], F32]:
+    """Rows of one group as three digits of base 256 (3, n, cols), and their scales (n, 1)."""
+    scale = np.abs(x).max(axis=1, keepdims=True) / np.float32(127)
+    whole = np.rint(x * (np.float32(1) / scale) * np.float32(65536)).astype(np.int64)
+    found = []
+    for _ in range(2):
+        found.append((whole + 128) % 256 - 128)
+        whole = (whole - found[-1]) // 256
+    return np.array([whole, *found[::-1]], np.float64), scale
+
+
+@q24
+def test_q24_is_what_it_says_and_as_exact_as_f32() -> None:
+    rng = np.random.default_rng(8)
+    for _ in range(60):
+        rows, n_tokens = int(rng.integers(1, 120)), int(rng.integers(1, 70))
+        cols = random_cols(rng, "f32")
+        w = normal(rng, rows, cols)
+        x = normal(rng, n_tokens, cols) * np.float32(10.0 ** rng.integers(-3, 4))
+        y = matmul(Q24_ISAS[0], "q24", w, x, rows)
+        expected = np.zeros_like(y)
+        for begin in range(0, cols, GROUP):
+            (w_digits, w_scale), (x_digits, x_scale) = (
+                digits(values[:, begin : begin + GROUP]) for values in (w, x)
+            )
+
+            def total(*pairs: tuple[int, int]) -> npt.NDArray[np.float64]:
+                products = sum(x_digits[i] @ w_digits[k].T for i, k in pairs)  # noqa: B023
+                return np.float64(np.float32(products))
+
+            # A sum of two floats of which one was divided by 256 is exact in float64.
+            low = np.float32(total((0, 2), (1, 1), (2, 0)) / 256 + total((0, 1), (1, 0)))
+            whole = np.float32(low.astype(np.float64) / 256 + total((0, 0)))
+            part = whole * w_scale.T * x_scale
+            expected = part if begin == 0 else expected + part
+        assert y.tobytes() == expected.tobytes(), (rows, cols, n_tokens)
+
+        exact = x.astype(np.float64) @ w.T.astype(np.float64)
+        by_float = matmul(Q24_ISAS[0], "f32", w, x, rows)
+        rounded = np.abs(x).astype(np.float64) @ np.abs(w.T) * 4 * EPS
+        left_out = 2.0**-22 * cols * np.abs(x).max(axis=1, keepdims=True) * np.abs(w).max(axis=1)
+        assert np.all(np.abs(y - exact) <= rounded + left_out)
+        if cols >= 172:
+            assert np.square(y - exact).mean() <= 2 * np.square(by_float - exact).mean()
+
+
+@q24
+def test_q24_extremes() -> None:
+    isa, w = Q24_ISAS[0], np.ones((1, 40), np.float32)
+    assert matmul(isa, "q24", w * np.float32(1e-40), w, 1) == 0, "subnormal numbers count as zero"
+    assert matmul(isa, "q24", w * np.float32(0), w, 1) == 0
+    assert matmul(isa, "q24", w * np.float32(1e30), w, 1) == pytest.approx(4e31)
+    assert (
+        matmul(isa, "q24", np.full((1, GROUP), -1, np.float32), np.ones((1, GROUP), np.float32), 1)
+        == -GROUP
+    )
+    for bad in (np.inf, -np.inf, np.nan):
+        x = np.ones((3, 40), np.float32)
+        x[1, 33] = bad
+        assert np.isnan(matmul(isa, "q24", w, x, 1)).tolist() == [[False], [True], [False]]
+
+
 def test_rms_norm(isa: str) -> None:
     rng = np.random.default_rng(5)
     for n in (1, 2, 7, 8, 17, 64, 288, 4095):

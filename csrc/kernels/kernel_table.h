@@ -53,6 +53,15 @@ struct ActsQ8 {
     int64_t stride;
 };
 
+// Activations for matmul_q24: x ~ scale * (d[0] + d[1] / 2^8 + d[2] / 2^16), with int8 d[k] of row
+// t at digits + (3 t + k) * stride (stride: cols rounded up to 64, zeros beyond cols), and a scale
+// for each group of 1,024. Rows of scales follow each other without gaps.
+struct ActsQ24 {
+    const int8_t* digits;
+    const float* scales;
+    int64_t stride;
+};
+
 // Where the products go: y[t * stride + r] = result, or += result.
 struct Output {
     float* y;
@@ -146,6 +155,16 @@ struct KernelTable {
     // order stands in attention.inc.
     void (*attend)(float* const* out, const float* const* q, const int32_t* n_positions,
                    int64_t n_queries, const KvHead& head);
+
+    // Panels of f32 as whole numbers of 24 bits, as the activations are: for each group in order
+    // y += (a + (b + c / 2^8) / 2^8) * w scale * x scale, where a, b and c are the integer sums of
+    // d[0] d[0], of d[0] d[1] + d[1] d[0], and of d[0] d[2] + d[1] d[1] + d[2] d[0]. About as exact
+    // as matmul_f32, with other bits; null where that is faster.
+    void (*matmul_q24)(const Output& y, const Panels& w, const ActsQ24& x, int64_t n_tokens,
+                       int64_t begin, int64_t end) = nullptr;
+    // A row of activations: scale = max|x| / 127, and the digits of 2^16 x / scale, rounded to
+    // nearest even. Null as above.
+    void (*quantize_q24)(int8_t* digits, float* scales, const float* x, int64_t n) = nullptr;
 };
 
 // The sets that are compiled in, each defined by the file of its name.

@@ -23,12 +23,15 @@ namespace {
 #include "amx.inc"
 
 #include "amx_attention.inc"
+
+#include "amx_q24.inc"
 }  // namespace
 
 const KernelTable kernels_avx512amx = {
-    "avx512amx", matmul_f32,   amx_matmul_bf16, amx_matmul_q8_0, amx_matmul_q4_0,
-    quantize_q8, regroup_q8_0, round_bf16,      rms_norm,        rope,
-    swiglu,      hand_out,     weigh,           store_kv,        amx_attend,
+    "avx512amx",    matmul_f32,   amx_matmul_bf16, amx_matmul_q8_0, amx_matmul_q4_0,
+    quantize_q8,    regroup_q8_0, round_bf16,      rms_norm,        rope,
+    swiglu,         hand_out,     weigh,           store_kv,        amx_attend,
+    amx_matmul_q24, quantize_q24,
 };
 
 }  // namespace tinyllama

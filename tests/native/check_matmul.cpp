@@ -238,6 +238,61 @@ void check_matmul(Run& run, Random& random, const Case& c) {
     }
 }
 
+// Panels of f32 as whole numbers of 24 bits, on the sets that do that: near float64, and the same
+// bits token by token and panel by panel.
+void check_q24(Run& run, Random& random, const Case& c) {
+    const TestMatrix w = draw_matrix(run, random, DType::f32, c.kind, c.rows, c.cols);
+    const std::vector<float> x = draws(random, c.kind, c.n_tokens * c.cols);
+    const std::vector<float> before = draws(random, c.kind, c.n_tokens * c.stride);
+    const std::int64_t padded = (c.cols + 63) / 64 * 64, groups = n_groups(c.cols);
+    for (const KernelTable* set : run.sets) {
+        if (set->matmul_q24 == nullptr) continue;
+        std::vector<std::int8_t> digits(size(3 * c.n_tokens * padded), std::int8_t{99});
+        std::vector<float> scales(size(c.n_tokens * groups));
+        for (std::int64_t t = 0; t < c.n_tokens; ++t) {
+            set->quantize_q24(digits.data() + 3 * t * padded, scales.data() + t * groups,
+                              x.data() + t * c.cols, c.cols);
+        }
+        std::vector<float> want = before, got = before;
+        for (std::int64_t t = 0; t < c.n_tokens; ++t) {
+            const ActsQ24 one = {digits.data() + 3 * t * padded, scales.data() + t * groups,
+                                 padded};
+            const Output y = {want.data() + t * c.stride, c.stride, c.add};
+            for (std::int64_t panel = c.begin; panel < c.end; ++panel)
+                set->matmul_q24(y, w.panels, one, 1, panel, panel + 1);
+        }
+        set->matmul_q24({got.data(), c.stride, c.add}, w.panels,
+                        {digits.data(), scales.data(), padded}, c.n_tokens, c.begin, c.end);
+        run.expect_same(std::string(set->name) + " matmul q24", got, want);
+        if (c.kind == Kind::wild) continue;
+        for (std::int64_t i = 0; i < c.n_tokens * c.stride; ++i) {
+            const std::int64_t t = i / c.stride, row = i % c.stride, panel = row / panel_rows;
+            const bool written = row < c.rows && panel >= c.begin && panel < c.end;
+            double sum = written && !c.add ? 0.0 : static_cast<double>(before[size(i)]);
+            double allowed = 8 * u * std::fabs(sum);
+            for (std::int64_t first = 0; written && first < c.cols; first += group_size) {
+                const std::int64_t end = std::min(first + group_size, c.cols);
+                double part = 0.0, magnitudes = 0.0, largest_x = 0.0, largest_w = 0.0;
+                for (std::int64_t col = first; col < end; ++col) {
+                    const double a = static_cast<double>(x[size(t * c.cols + col)]);
+                    const double b = w.values[size(row * c.cols + col)];
+                    part += a * b;
+                    magnitudes += std::fabs(a * b);
+                    largest_x = std::max(largest_x, std::fabs(a));
+                    largest_w = std::max(largest_w, std::fabs(b));
+                }
+                sum += part;
+                // What is rounded off and left out, and what is too small for a scale.
+                allowed += 16 * u * magnitudes + static_cast<double>(end - first) *
+                                                     (0x1p-22 * largest_x * largest_w + smallest +
+                                                      127 * smallest * (largest_x + largest_w));
+            }
+            run.expect_near(std::string(set->name) + " matmul q24", size(i),
+                            static_cast<double>(got[size(i)]), sum, written ? allowed : 0.0);
+        }
+    }
+}
+
 }  // namespace
 
 void check_matmuls(Run& run, Random& random) {
@@ -246,6 +301,10 @@ void check_matmuls(Run& run, Random& random) {
             const Kind kind = i % 3 == 0 ? Kind::plain : i % 3 == 1 ? Kind::tiny : Kind::wild;
             check_matmul(run, random, draw_case(random, dtype, kind, i % 15 == 0));
         }
+    }
+    for (int i = 0; i < 90; ++i) {
+        const Kind kind = i % 3 == 0 ? Kind::plain : i % 3 == 1 ? Kind::tiny : Kind::wild;
+        check_q24(run, random, draw_case(random, DType::f32, kind, i % 15 == 0));
     }
 }
 

@@ -17,16 +17,17 @@ def register(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "with the source in torch (in NumPy where torch is not installed) on real text. What\n"
         "does not compute the same is not written.\n\n"
         "A source is a training run's folder (its best checkpoint), a Hugging Face folder, a\n"
-        ".gguf file, llama2.c's .bin or .pt, or the folder of an adapter (LoRA and others, by\n"
-        "peft), which is merged into its model.",
+        ".gguf file, `bundled` (the one that ships), llama2.c's .bin or .pt, or the folder of an\n"
+        "adapter (LoRA and others, by peft), which is merged into its model.",
         epilog="examples:\n"
         "  tinyllama export run --out model.gguf --dtype q8_0\n"
         "  tinyllama export run --to hf my-model --card card.toml --checkpoints all\n"
+        "  tinyllama export bundled --to hf stories --dtype f32\n"
         "  tinyllama export my-adapter --base my-model --out model.gguf\n"
         "  tinyllama export model.gguf --to llama2c model.bin",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("source", metavar="RUN_OR_CHECKPOINT", help="the model to export")
+    parser.add_argument("source", metavar="RUN_OR_MODEL", help="the model to export")
     target = parser.add_mutually_exclusive_group(required=True)
     target.add_argument(
         "--out",
@@ -82,6 +83,7 @@ def _steps(text: str) -> Literal["all"] | list[int]:
 
 def run(args: argparse.Namespace) -> None:
     from ..data.documents import Documents
+    from ..loading import find_model
     from ..train.export import FORMATS, export
     from ..train.record import Statement, read_statement
 
@@ -90,8 +92,8 @@ def run(args: argparse.Namespace) -> None:
         raise ArgumentError(f"--to {to}: unknown format; known: {', '.join(FORMATS)}")
     texts = None if args.text is None else (text for _, text in Documents(args.text))
     report = export(
-        args.source, out, to, args.dtype, tokenizer=args.tokenizer, base=args.base, texts=texts,
-        card=args.card, checkpoints=args.checkpoints,
+        find_model(args.source), out, to, args.dtype, tokenizer=args.tokenizer, base=args.base,
+        texts=texts, card=args.card, checkpoints=args.checkpoints,
     )  # fmt: skip
     print(f"wrote {report.path}: {report.format}, {report.dtype}, {report.n_bytes:,} bytes")
     print(
