@@ -327,7 +327,8 @@ void Pass::output(const Team& team, std::int64_t first, std::int64_t last) {
     if (tap_ == nullptr || last < n_output_pieces_) return;
     AlignedVector<float> logits;
     for (const std::int64_t row : wanted_)
-        logits.insert(logits.end(), at(row).logits, at(row).logits + c_.vocab_size);
+        if (at(row).logits != nullptr)
+            logits.insert(logits.end(), at(row).logits, at(row).logits + c_.vocab_size);
     show("logits", logits, c_.vocab_size);
 }
 

@@ -28,12 +28,13 @@ const char* kv_type_name(KvType type) {
     }
 }
 
+void KvPool::Block::clear(std::size_t n_bytes) {
+    std::memset(data, 0, n_bytes);
+    was_written = true;
+}
+
 struct KvPool::Slab {
-    // All zeros at first: floats that kernels read beside those of a timeline, and forget, may be
-    // those of another one, but hardly a subnormal number, which would take a hundred times as
-    // long.
     Slab(std::size_t n, std::size_t block_bytes) : memory(size_of(n, block_bytes)), blocks(n) {
-        std::memset(memory.data(), 0, n * block_bytes);
         for (std::size_t i = n; i-- > 0;) {
             blocks[i].data = memory.data() + i * block_bytes;
             blocks[i].slab = this;
@@ -88,7 +89,11 @@ void KvPool::release(Block* block) {
 
 void KvPool::keep(std::size_t n_blocks) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (n_blocks > n_free_) add_slab(n_blocks - n_free_);
+    if (n_blocks > n_free_) {
+        add_slab(n_blocks - n_free_);
+        for (Block& block : slabs_.back()->blocks)
+            block.clear(static_cast<std::size_t>(layout_.block_bytes()));
+    }
     n_keepers_ += 1;
 }
 
@@ -147,6 +152,10 @@ void KvCache::reserve(std::int32_t begin, std::int32_t end) {
         // again lies on large pages. Memory not yet touched costs nothing.
         grow(std::max(needed, blocks_.size() + (blocks_.size() - n_shared_) / 2));
     }
+    for (auto i = static_cast<std::size_t>((begin + kv_block - 1) / kv_block); i < needed; ++i) {
+        if (!blocks_[i]->was_written)
+            blocks_[i]->clear(static_cast<std::size_t>(layout().block_bytes()));
+    }
 }
 
 KvHead KvCache::head(std::int32_t layer, std::int32_t kv_head) const {
@@ -189,6 +198,7 @@ void KvCache::grow(std::size_t n_blocks) {
 void KvCache::append_copy(const std::uint8_t* data) {
     grow(blocks_.size() + 1);
     std::memcpy(pointers_.back(), data, static_cast<std::size_t>(pool_->layout().block_bytes()));
+    blocks_.back()->was_written = true;
 }
 
 }  // namespace tinyllama

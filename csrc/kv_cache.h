@@ -42,6 +42,11 @@ public:
         Slab* slab;
         std::atomic<int> n_users{0};
         Block* next_free = nullptr;  // of its slab
+        // Begins as zeros. Kernels read, and forget, what lies beside a timeline's positions:
+        // floats of an earlier one do no harm, but in memory fresh from malloc there are subnormal
+        // numbers, each of which takes a hundred cycles.
+        bool was_written = false;
+        void clear(std::size_t n_bytes);
     };
 
     explicit KvPool(const KvLayout& layout);

@@ -157,9 +157,11 @@ struct KernelTable {
                    int64_t n_queries, const KvHead& head);
 
     // Panels of f32 as whole numbers of 24 bits, as the activations are: for each group in order
-    // y += (a + (b + c / 2^8) / 2^8) * w scale * x scale, where a, b and c are the integer sums of
-    // d[0] d[0], of d[0] d[1] + d[1] d[0], and of d[0] d[2] + d[1] d[1] + d[2] d[0]. About as exact
-    // as matmul_f32, with other bits; null where that is faster.
+    // y = or += (a + (b + c / 2^8) / 2^8) * w scale * x scale, and += for later groups, where a, b
+    // and c are the integer sums of d[0] d[0], of d[0] d[1] + d[1] d[0], and of d[0] d[2] + d[1]
+    // d[1] + d[2] d[0]. About as exact as matmul_f32 where no value of a group is far larger than
+    // the rest, with other bits. Weights are finite, and below 1e33. Null where matmul_f32 is
+    // faster.
     void (*matmul_q24)(const Output& y, const Panels& w, const ActsQ24& x, int64_t n_tokens,
                        int64_t begin, int64_t end) = nullptr;
     // A row of activations: scale = max|x| / 127, and the digits of 2^16 x / scale, rounded to
