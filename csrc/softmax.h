@@ -45,8 +45,8 @@ public:
 private:
     std::vector<std::int32_t> tokens_;
     std::vector<float> logits_;  // of the tokens
-    AlignedVector<float> maxima_,
-        sums_;  // of the blocks; the sum is NaN where a logit is not finite
+    // Of the blocks; a sum is NaN where a logit is not finite.
+    AlignedVector<float> maxima_, sums_;
 };
 
 }  // namespace tinyllama
