@@ -6,8 +6,10 @@
 HF_DIR is a Hugging Face folder (`tinyllama export --to hf`); the files are BLiMP's, each a line of
 JSON with sentence_good and sentence_bad. Questions are made up, each with four choices, behind the
 same five examples. Both score the same texts in alternating rounds, in float32, on the same
-threads; ``hf`` in batches of 8 and 32, of which the fastest counts. Printed as JSON: accuracies,
-the largest difference of any log-likelihood, seconds, those of the model's own call, and ratios.
+threads; ``hf`` in batches of 8 and 32, of which the fastest counts. Then the whole commands take
+turns, `tinyllama eval` and `lm-eval run`: what they start with and what the harness itself does is
+in them. Printed as JSON: accuracies, the largest difference of any log-likelihood, seconds of the
+model's own call and of the commands, and ratios.
 """
 
 from __future__ import annotations
@@ -15,7 +17,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -76,35 +81,44 @@ def made_up(n: int) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(
-    model: Any, names: list[str], folder: str
-) -> tuple[float, float, dict[str, float], list[float]]:
-    """(seconds, those of the model, accuracy by task, log-likelihoods of all texts in order)."""
-    own = 0.0
+def run(model: Any, names: list[str], folder: str) -> tuple[float, dict[str, float], list[float]]:
+    """(seconds of the model's own call, accuracy by task, log-likelihoods of all texts in order)"""
+    seconds = 0.0
     score = model._loglikelihood_tokens
 
     def timed(*args: Any, **options: Any) -> Any:
-        nonlocal own
+        nonlocal seconds
         begin = time.perf_counter()
         result = score(*args, **options)
-        own += time.perf_counter() - begin
+        seconds += time.perf_counter() - begin
         return result
 
     model._loglikelihood_tokens = timed
     manager = TaskManager(include_path=folder, include_defaults=False)
-    start = time.perf_counter()
     found = lm_eval.simple_evaluate(
         model, tasks=names, task_manager=manager, log_samples=True, bootstrap_iters=0
     )
-    seconds = time.perf_counter() - start
     model._loglikelihood_tokens = score
     samples = [sample for name in names for sample in found["samples"][name]]
     return (
         seconds,
-        own,
         {name: found["results"][name]["acc,none"] for name in names},
         [answer[0][0] for sample in samples for answer in sample["resps"]],
     )
+
+
+def commands(
+    model: str, names: list[str], folder: str, threads: int, batch: int
+) -> dict[str, list[str]]:
+    """The two command lines that evaluate ``names``."""
+    tasks = ",".join(names)
+    ours = ["tinyllama", "eval", model, "--tasks", tasks, "--task-folder", folder]
+    theirs = ["lm_eval", "run", "--model", "hf", "--tasks", tasks, "--include_path", folder]
+    theirs += ["--model_args", f"pretrained={model},dtype=float32"]
+    return {
+        "tinyllama": [*ours, "--threads", str(threads)],
+        "hf": [*theirs, "--device", "cpu", "--batch_size", str(batch)],
+    }
 
 
 def main() -> None:
@@ -139,21 +153,31 @@ def main() -> None:
             results["tinyllama"].append(run(ours, names, folder))
             for size in HF_BATCHES:
                 results[size].append(run(theirs[size], names, folder))
-    seconds = {k: statistics.median(r[0] for r in rounds) for k, rounds in results.items()}
-    own = {k: statistics.median(r[1] for r in rounds) for k, rounds in results.items()}
-    best = min(HF_BATCHES, key=seconds.__getitem__)
-    (*_, accuracy, mine), (*_, other_accuracy, other) = results["tinyllama"][0], results[best][0]
+        own = {k: statistics.median(r[0] for r in rounds) for k, rounds in results.items()}
+        best = min(HF_BATCHES, key=own.__getitem__)
+        whole: dict[str, list[float]] = {"tinyllama": [], "hf": []}
+        environment = {**os.environ, "OMP_NUM_THREADS": str(args.threads)}
+        for _ in range(args.rounds):
+            for name, line in commands(args.model, names, folder, args.threads, best).items():
+                start = time.perf_counter()
+                subprocess.run(
+                    [sys.executable, "-m", *line], check=True, env=environment,
+                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                )  # fmt: skip
+                whole[name].append(time.perf_counter() - start)
+    (_, accuracy, mine), (_, other_accuracy, other) = results["tinyllama"][0], results[best][0]
+    command = {name: statistics.median(seconds) for name, seconds in whole.items()}
     report = {
         "accuracy": accuracy,
         "accuracy_hf": other_accuracy,
         "largest_difference": max(abs(a - b) for a, b in zip(mine, other, strict=True)),
         "texts": len(mine),
-        "seconds": round(seconds["tinyllama"], 2),
-        "seconds_hf": {size: round(seconds[size], 2) for size in HF_BATCHES},
-        "ratio": round(seconds[best] / seconds["tinyllama"], 2),
         "own_seconds": round(own["tinyllama"], 2),
         "own_seconds_hf": {size: round(own[size], 2) for size in HF_BATCHES},
         "own_ratio": round(own[best] / own["tinyllama"], 2),
+        "command_seconds": round(command["tinyllama"], 2),
+        "command_seconds_hf": round(command["hf"], 2),
+        "command_ratio": round(command["hf"] / command["tinyllama"], 2),
     }
     print(json.dumps(report, indent=1))
 

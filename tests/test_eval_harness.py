@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("lm_eval")
 pytest.importorskip("transformers")
 
+import jinja2
 import lm_eval
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -18,7 +19,7 @@ from random_models import tiny_checkpoint
 from tinyllama import load
 from tinyllama.cli import main
 from tinyllama.errors import ArgumentError
-from tinyllama.evaluate.harness import TinyLlamaLM
+from tinyllama.evaluate.harness import TinyLlamaLM, _task_manager, evaluate
 from tinyllama.formats.hf import save_hf
 
 CONTEXT = 320  # more than one pass reads
@@ -133,6 +134,20 @@ def test_a_task_on_the_command_line(folder, theirs, task, tmp_path, capsys):
     assert f"{expected['acc,none']:.4f}" in Path(page).read_text(encoding="utf-8")
     found = json.loads(capsys.readouterr().out)["tasks"]["pets"]
     assert found == {"acc": expected["acc,none"], "acc_stderr": expected["acc_stderr,none"]}
+
+
+def test_what_the_harness_does_over_and_over_is_done_once(folder, task, monkeypatch):
+    assert _task_manager(["pets"], task).all_tasks == ["pets"]  # not the thousands of its own
+    compiled = []
+    compile_template = jinja2.Environment.compile
+    monkeypatch.setattr(
+        jinja2.Environment,
+        "compile",
+        lambda *args, **options: compiled.append(args[1]) or compile_template(*args, **options),
+    )
+    evaluate(load(folder, n_threads=1), ["pets"], folder=task)
+    assert len(compiled) == len(set(compiled)) < 20
+    assert "from_string" not in vars(lm_eval.utils.env)
 
 
 def test_a_task_that_does_not_exist(folder, task, capsys):

@@ -8,7 +8,9 @@ Tokens, windows and scores are those of the harness's own ``hf`` model on the sa
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 from .. import _core
@@ -18,10 +20,12 @@ from ..model import Model
 from ..sampling import SamplingParams
 
 try:
+    import lm_eval
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
     from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     from tqdm import tqdm
 except ImportError as error:
@@ -182,23 +186,44 @@ def evaluate(
     the tasks' own. ``num_fewshot`` examples stand before each question (None: as the task says);
     ``limit`` takes the first so many questions. Raises ArgumentError for a task that is not known.
     """
-    import lm_eval
-    from lm_eval.tasks import TaskManager
-
     tasks = list(tasks)
-    manager = TaskManager(include_path=folder)
+    manager = _task_manager(tasks, folder)
     for task in tasks:
         if task not in manager.all_tasks:
             raise ArgumentError(
                 f"no task is called {task!r}; `lm-eval ls tasks` lists those of the harness, and"
                 " --task-folder names a folder with others"
             )
-    results: dict[str, Any] = lm_eval.simple_evaluate(
-        model=TinyLlamaLM(model),
-        tasks=tasks,
-        num_fewshot=num_fewshot,
-        limit=limit,
-        task_manager=manager,
-        verbosity="WARNING",
-    )
+    with _templates_compiled_once():
+        results: dict[str, Any] = lm_eval.simple_evaluate(
+            model=TinyLlamaLM(model),
+            tasks=tasks,
+            num_fewshot=num_fewshot,
+            limit=limit,
+            task_manager=manager,
+            verbosity="WARNING",
+        )
     return results
+
+
+def _task_manager(tasks: list[str], folder: str | None) -> TaskManager:
+    """Of the folder alone if all tasks are there: reading the harness's own takes many seconds."""
+    if folder is not None:
+        alone = TaskManager(include_path=folder, include_defaults=False)
+        if set(tasks) <= set(alone.all_subtasks):  # a group's members may be the harness's
+            return alone
+    return TaskManager(include_path=folder)
+
+
+@contextmanager
+def _templates_compiled_once() -> Iterator[None]:
+    """The harness compiles each template anew for each question: longer than a tiny model reads."""
+    environment = getattr(lm_eval.utils, "env", None)  # not documented: it may go
+    if environment is None:
+        yield
+        return
+    environment.from_string = lru_cache(1024)(environment.from_string)
+    try:
+        yield
+    finally:
+        del environment.from_string  # what is left is the method
