@@ -218,6 +218,11 @@ def test_text_by_source(foreign: Path) -> None:
     assert "7 steps of 1,000 tokens, 7,000 in all or 2.0 epochs; 15.0 minutes." in text
     assert "| `init_from` | x |" in text
     assert "/home/me" not in text
+    assert "| made from | x |" in text and "This training went on from x, whose own text" in text
+    assert Statement().missing(run)[-1] == "base_model"
+    assert "base_model" not in Statement(base_model="me/x").missing(run)
+    train["pairs"] = 32
+    assert Statement().missing(run)[-1] == "prompts"
 
 
 def test_a_long_table_keeps_its_ends(run: Path) -> None:
@@ -355,7 +360,7 @@ def test_the_page_is_true(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(commands) == 4
     for command in commands:
         assert main(shlex.split(command)[1:]) == 0, command
-    assert not read_statement("card.toml").missing
+    assert not read_statement("card.toml").missing(None)
     written = {path.name for path in Path("my-model").iterdir()}
     assert written == set(re.findall(r"`(\w+\.\w+)`", page[: page.index("## Checkpoints")])) - {
         "card.toml"

@@ -327,8 +327,10 @@ def test_a_tokenizer_that_does_not_know_the_script_is_told_of(tmp_path, model, c
     inputs = [f"{name}={tmp_path}/{name}.txt" for name in ("known", "unknown")]
     out = str(tmp_path / "out")
     assert main(["data", "prepare", *inputs, "--tokenizer", str(model), "--out", out]) == 0
-    hints = [line for line in capsys.readouterr().err.splitlines() if "bytes per token" in line]
+    err = capsys.readouterr().err
+    hints = [line for line in err.splitlines() if "bytes per token" in line]
     assert [hint[:25] for hint in hints] == ["tinyllama: unknown: only "]
+    assert "scores will hang on" in err
 
 
 def test_more_than_65535_tokens_need_four_bytes(tmp_path):

@@ -153,5 +153,7 @@ def test_what_the_harness_does_over_and_over_is_done_once(folder, task, monkeypa
 def test_a_task_that_does_not_exist(folder, task, capsys):
     assert main(["eval", folder, "--tasks", "cats", "--task-folder", task]) == 2
     assert "no task is called 'cats'" in capsys.readouterr().err
+    assert main(["eval", folder, "--tasks", "pets", "--task-folder", task + "s"]) == 2
+    assert "taskss: there is no such folder" in capsys.readouterr().err
     assert main(["eval", folder]) == 2
     assert "give --text, --stories or --tasks" in capsys.readouterr().err

@@ -199,7 +199,9 @@ def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "unknown format; known: gguf, hf, llama2c" in capsys.readouterr().err
 
 
-def test_a_training_runs_best_checkpoint(tmp_path: Path) -> None:
+def test_a_training_runs_best_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("safetensors")
     from tinyllama.formats.hf import save_hf
 
@@ -212,6 +214,10 @@ def test_a_training_runs_best_checkpoint(tmp_path: Path) -> None:
     export(run, tmp_path / "out.gguf")
     found = read_checkpoint(tmp_path / "out.gguf").tensors["tok_embed"]
     np.testing.assert_array_equal(found, tiny_checkpoint(1).tensors["tok_embed"])
+    for best, said in (("1", "step-1: the best of those"), ("2", "step-2: the last checkpoint")):
+        (run / "BEST").write_text(f"step-{best}\n")
+        assert main(["export", str(run), "--out", str(tmp_path / "out.gguf")]) == 0
+        assert said in capsys.readouterr().out
 
 
 FULL_DISK = """

@@ -26,6 +26,7 @@ from tinyllama.formats.gguf import gguf_bytes  # noqa: E402
 from tinyllama.formats.sentencepiece import save_sentencepiece  # noqa: E402
 from tinyllama.loading import bundled_model  # noqa: E402
 from tinyllama.train.batches import UNSCORED, TokenFolder  # noqa: E402
+from tinyllama.train.page import run_page  # noqa: E402
 from tinyllama.train.pairs import PairWindows, pack  # noqa: E402
 from tinyllama.train.trainer import Trainer  # noqa: E402
 from tinyllama.train.validate import validate  # noqa: E402
@@ -305,6 +306,22 @@ def test_init_from_takes_whatever_loads(
     by_file = prepare(text, tokens / "tokenizer.model", tmp_path / "a", valid_fraction=0)
     by_model = prepare(text, start, tmp_path / "b", valid_fraction=0)
     assert by_model["splits"] == by_file["splits"]
+
+
+def test_the_score_before_is_on_record_but_never_the_best(
+    tokens: Path, first: Trainer, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(
+        RECIPE, init_from=str(first.run), steps=3, optimizer="adamw", learning_rate=1.0
+    )
+    second = Trainer(recipe, tokens, tmp_path / "second")
+    second.train()
+    before, after = (r for r in second.metrics.records if "bits_per_byte" in r)
+    (*_, expected) = (r for r in first.metrics.records if "bits_per_byte" in r)
+    assert (before["step"], before["tokens"]) == (0, 0)
+    assert before["bits_per_byte"] == expected["bits_per_byte"] < after["bits_per_byte"]
+    assert second.state.best_bits_per_byte == after["bits_per_byte"]
+    run_page(second.run)
 
 
 def test_init_from_refuses_another_model(tokens: Path, first: Trainer, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ pytest.importorskip("tqdm")
 
 from tiny_training import CONFIG, RECIPE, VOCAB, learned, same, weights  # noqa: E402
 from tinyllama.errors import ConfigError, FormatError, NonFiniteError  # noqa: E402
+from tinyllama.formats import read_checkpoint  # noqa: E402
 from tinyllama.train import checkpoint as checkpoints  # noqa: E402
 from tinyllama.train.batches import TokenFolder, Windows  # noqa: E402
 from tinyllama.train.checkpoint import find_checkpoint, load_state, load_weights  # noqa: E402
@@ -309,6 +310,9 @@ def test_another_recipe_or_other_data_is_refused(tokens: Path, tmp_path: Path) -
     trainer.save()
     with pytest.raises(ConfigError, match=r"another recipe: learning_rate was 0\.01, now 0\.02"):
         Trainer(dataclasses.replace(RECIPE, learning_rate=0.02), tokens, tmp_path)
+    wider = dataclasses.replace(RECIPE, model=dataclasses.replace(CONFIG, hidden_dim=48))
+    with pytest.raises(ConfigError, match=r"recipe: model.hidden_dim was 32, now 48; .*--from"):
+        Trainer(wider, tokens, tmp_path)
     Trainer(dataclasses.replace(RECIPE, every_save=5), tokens, tmp_path)
     source = find_checkpoint(tmp_path) / "trainer.json"
     values = {**json.loads(source.read_text()), "data_sha256": "0" * 64}
@@ -318,6 +322,17 @@ def test_another_recipe_or_other_data_is_refused(tokens: Path, tmp_path: Path) -
     source.write_text("{")
     with pytest.raises(FormatError, match=re.escape(str(source))):
         Trainer(RECIPE, tokens, tmp_path)
+
+
+def test_a_folder_that_holds_something_else_is_refused(tokens: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no training run, and not empty \(it has manifest"):
+        Trainer(RECIPE, tokens, tokens)
+    (tmp_path / ".lock").touch()  # what a run leaves that was refused
+    Trainer(RECIPE, tokens, tmp_path)
+    with pytest.raises(FileNotFoundError, match="a training run that has no checkpoint yet"):
+        find_checkpoint(tmp_path)
+    with pytest.raises(FormatError, match="a training run that has no checkpoint yet"):
+        read_checkpoint(tmp_path)
 
 
 def test_less_text_than_one_window_is_refused(tokens: Path, tmp_path: Path) -> None:

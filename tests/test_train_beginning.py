@@ -90,6 +90,8 @@ def test_samples_begin_as_held_out_documents_do(tokens: Path, tmp_path: Path) ->
     split.prompt = np.full(10, 9)
     given = [trainer.tokenizer.decode(split.document(i, 0, 9).tolist()) for i in (0, 3, 6)]
     assert beginnings(split, trainer.tokenizer) == given
+    split.start, split.shard = split.start[[0, 0, 2] * 3 + [3]], split.shard[[0, 0, 2] * 3 + [3]]
+    assert len(beginnings(split, trainer.tokenizer)) == len({*split.start})  # all differ
     named = dataclasses.replace(RECIPE, prompts=["a cat"])
     assert Trainer(named, tokens, tmp_path / "named").prompts == ["a cat"]
     for file in tokens.iterdir():

@@ -282,7 +282,8 @@ def test_the_verbs_leave_training_as_it_was(tokens: Path, tmp_path: Path, capsys
     assert samples[0]["sample"].startswith("the cat")
     said = capsys.readouterr().err
     assert f"next: tinyllama export {tmp_path / 'run'} --out model.gguf" in said
-    assert f"<td>--config {config}</td>" in (tmp_path / "run" / "report.html").read_text()
+    typed = html.escape(f"--config {config} --set 'prompts=[\"the cat\"]'")
+    assert f"<td>{typed}</td>" in (tmp_path / "run" / "report.html").read_text()
     before = read_records(tmp_path / "run")
     assert main(["train", *arguments, *more]) == 0
     said = capsys.readouterr().err

@@ -125,6 +125,18 @@ def test_a_short_run_reaches_its_rate(tmp_path: Path) -> None:
     assert short.for_windows(int(recipe.batch_size * 30 / recipe.epochs)) == short
 
 
+def test_steps_that_are_set_take_the_place_of_epochs() -> None:
+    values = tuned_recipe(load_preset("stories260k").model, "bundled").to_dict()
+    assert values["epochs"] == 2.0
+    recipe = recipe_from_dict(values, settings=["steps=40"])
+    assert recipe.for_windows(10_000).steps == 40 and recipe.warmup_steps == 4
+    assert recipe_from_dict(values, settings=["steps=40", "warmup_steps=30"]).warmup_steps == 30
+    assert recipe_from_dict(values, settings=["steps=40", "epochs=0"]).steps == 40
+    assert recipe_from_dict(values, settings=["epochs=3"]).epochs == 3.0
+    with pytest.raises(ConfigError, match="steps and epochs are both set"):
+        recipe_from_dict(values, settings=["epochs=3", "steps=40"])
+
+
 def test_a_size_of_few_steps_reaches_its_rate(tokens: Path, tmp_path: Path) -> None:
     few = "--set steps=10 --set every_eval=0 --set every_sample=0 --set compile=no"
     command = f"train --size 100K {few} --data {tokens} --out {tmp_path / 'run'}"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # What is spelled in bytes has 1, Chinese by 3,000 tokens of its own 2.7.
 POOR_BYTES_PER_TOKEN = 1.5
+FEW_DOCUMENTS = 20
 
 INPUTS = """\
 Inputs are files, folders or globs: .txt (documents end at a line <|endoftext|>; without one
@@ -233,7 +234,20 @@ def run_prepare(args: argparse.Namespace) -> None:
     if manifest["left_out"]:
         print(f"left out of train: {manifest['left_out']:,} documents that valid has")
     _hint_at_tokenizer(manifest)
+    _hint_at_validation(manifest)
     print(f"wrote {args.out}")
+
+
+def _hint_at_validation(manifest: dict[str, Any]) -> None:
+    """Say so where a score would hang on a few documents, though there are more."""
+    splits = manifest["splits"]
+    valid = splits["valid"]["documents"] if "valid" in splits else 0
+    if 0 < valid < FEW_DOCUMENTS <= splits["train"]["documents"]:
+        print(
+            f"tinyllama: scores will hang on {valid} held-out documents; --valid-fraction 0.1 holds"
+            " out more",
+            file=sys.stderr,
+        )
 
 
 def _hint_at_tokenizer(manifest: dict[str, Any]) -> None:

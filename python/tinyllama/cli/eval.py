@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import sys
 from datetime import datetime, timezone
 from typing import Any
 
@@ -159,6 +161,7 @@ def run(args: argparse.Namespace) -> None:
         from ..evaluate.page import write_page
 
         write_page(args.report, results)
+        print(f"wrote {args.report}", file=sys.stderr)
     if args.json:
         print(json.dumps(results))
     else:
@@ -175,6 +178,8 @@ def _check(args: argparse.Namespace) -> None:
         for name in names:
             if getattr(args, name) is not None and not getattr(args, needed):
                 raise ArgumentError(f"--{name.replace('_', '-')} needs --{needed}")
+    if args.task_folder and not os.path.isdir(args.task_folder):
+        raise ArgumentError(f"--task-folder {args.task_folder}: there is no such folder")
     if args.judge and not args.judge_model:
         raise ArgumentError("--judge and --judge-model belong together")
     if (args.price_in is None) != (args.price_out is None):

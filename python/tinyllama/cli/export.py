@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Literal
 
 from ..errors import ArgumentError
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     from ..data.documents import Documents
     from ..loading import find_model
     from ..train.export import FORMATS, export
-    from ..train.record import Statement, read_statement
+    from ..train.record import Statement, read_run, read_statement
 
     to, out = ("gguf", args.out) if args.to is None else args.to
     if to not in FORMATS:
@@ -95,13 +96,14 @@ def run(args: argparse.Namespace) -> None:
         find_model(args.source), out, to, args.dtype, tokenizer=args.tokenizer, base=args.base,
         texts=texts, card=args.card, checkpoints=args.checkpoints,
     )  # fmt: skip
+    _tell_checkpoint(find_model(args.source), Path(report.source))
     print(f"wrote {report.path}: {report.format}, {report.dtype}, {report.n_bytes:,} bytes")
     print(
         f"logits against {report.oracle} in float32 over {report.n_tokens:,} tokens:"
         f" largest difference {report.max_difference:.2g} (largest logit {report.max_logit:.3g}),"
         f" divergence {report.kl:.2g} nats per token"
     )
-    text = args.text or "a short story"
+    text = args.text or "a short story in English (--text FILE takes yours)"
     print(
         f"on {text}: bits per byte {report.bits_per_byte_before:.4f} before,"
         f" {report.bits_per_byte_after:.4f} after;"
@@ -109,6 +111,17 @@ def run(args: argparse.Namespace) -> None:
     )
     if to == "hf":
         statement = Statement() if args.card is None else read_statement(args.card)
-        if statement.missing:
-            missing = ", ".join(statement.missing)
-            print(f"the model card, README.md, does not state: {missing} (--card FILE.toml does)")
+        if missing := statement.missing(read_run(Path(report.source))):
+            names = ", ".join(missing)
+            print(f"the model card, README.md, does not state: {names} (--card FILE.toml does)")
+
+
+def _tell_checkpoint(source: Path, checkpoint: Path) -> None:
+    """Of a run: which of its checkpoints it is, and whether there is a newer one."""
+    if checkpoint == source or not (source / "LATEST").is_file():
+        return
+    newest = (source / "LATEST").read_text(encoding="utf-8").strip()
+    if newest == checkpoint.name:
+        print(f"{checkpoint}: the last checkpoint")
+    else:
+        print(f"{checkpoint}: the best of those validated; the last one is {source / newest}")

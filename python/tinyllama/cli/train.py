@@ -166,7 +166,7 @@ def train(args: argparse.Namespace) -> int:
         from ..train.sizing import tuned_recipe
 
         values = tuned_recipe(read_start(args.start).config, args.start).to_dict()
-        recipe = recipe_from_dict(values, source, settings).with_short_warmup()
+        recipe = recipe_from_dict(values, source, settings)
     elif args.size:
         from ..train.batches import TokenFolder
         from ..train.sizing import parse_size, sized_recipe
@@ -174,7 +174,7 @@ def train(args: argparse.Namespace) -> int:
         folder = TokenFolder(args.data)
         n_tokens = folder.split("train").n_tokens
         values = sized_recipe(parse_size(args.size), folder.vocab_size, n_tokens).to_dict()
-        recipe = recipe_from_dict(values, source, settings).with_short_warmup()
+        recipe = recipe_from_dict(values, source, settings)
     else:
         from ..train.checkpoint import find_checkpoint, load_state
 
@@ -198,7 +198,8 @@ def _source(args: argparse.Namespace) -> str:
     """Where the recipe is from, as it was typed; empty with --resume: the run itself knows."""
     choices = {"preset": args.preset, "size": args.size, "from": args.start, "config": args.config}
     typed = [f"--{name} {value}" for name, value in choices.items() if value]
-    return " ".join([*typed, *(["--fast"] if args.fast else [])])
+    settings = [f"--set {shlex.quote(setting)}" for setting in args.set]
+    return " ".join([*typed, *(["--fast"] if args.fast else []), *settings])
 
 
 def report(args: argparse.Namespace) -> None:

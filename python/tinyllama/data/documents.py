@@ -244,7 +244,7 @@ def _lines(
             if replace_invalid is None:
                 raise FormatError(
                     f"{path}: line {number}: not UTF-8: byte 0x{line[error.start]:02X}"
-                    f" at offset {at} ({error.reason})"
+                    f" at offset {at} ({error.reason}); `tinyllama data check --repair` mends text"
                 ) from None
             replace_invalid(f"{path}: line {number}", at)
             n_invalid += len(line) - len(line.decode(errors="ignore").encode())
@@ -298,6 +298,8 @@ def _read_csv(
     csv.field_size_limit(2**31 - 1)  # the default refuses documents beyond 128 KiB
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
+        if reader.fieldnames:
+            _choose(reader.fieldnames, field, f"{path}: line 1, which names the columns")
         for number, record in enumerate(reader, 1):
             where = f"record {number}"
             if None in record:

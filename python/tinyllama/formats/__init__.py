@@ -106,4 +106,6 @@ def _model_folder(folder: Path) -> Path:
             if Path(name).name != name or not (folder / name / "config.json").is_file():
                 raise FormatError(f"{pointer}: names {name!r}, which is no checkpoint here")
             return folder / name
+    if (folder / "metrics.jsonl").is_file():
+        raise FormatError(f"{folder}: a training run that has no checkpoint yet")
     raise FormatError(f"{folder}: a folder without config.json is no model; {KNOWN}")

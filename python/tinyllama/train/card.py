@@ -13,7 +13,6 @@ import json
 import re
 import shlex
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingExtraError
@@ -43,7 +42,7 @@ def model_card(
         f"---\n{_front_matter(name, run, statement)}\n---",
         f"# {name}",
         statement.description.strip(),
-        _shape(model, statement, dtype),
+        _shape(model, run, statement, dtype),
         _use(statement, folder, steps),
         _data(run, statement),
         _training(run),
@@ -82,7 +81,7 @@ def _front_matter(name: str, run: Run | None, statement: Statement) -> str:
         emissions = {
             "emissions": round(1000 * kg, 3),  # grams
             "source": run.latest("estimated_by") or "estimated during the training",
-            "training_type": "fine-tuning" if run.recipe.get("init_from") else "pre-training",
+            "training_type": "fine-tuning" if run.start else "pre-training",
             "hardware_used": run.latest("device"),
         }
         data["co2_eq_emissions"] = {k: v for k, v in emissions.items() if v is not None}
@@ -115,7 +114,7 @@ def _eval_results(run: Run | None) -> list[EvalResult]:
 # --- sections -----------------------------------------------------------------------------------
 
 
-def _shape(model: Model, statement: Statement, dtype: str) -> str:
+def _shape(model: Model, run: Run | None, statement: Statement, dtype: str) -> str:
     config = model.config
     heads = f"{config.n_heads} heads (head_dim {config.head_dim}"
     shared = config.n_kv_heads != config.n_heads
@@ -134,8 +133,9 @@ def _shape(model: Model, statement: Statement, dtype: str) -> str:
         ("licence", statement.license or "not stated"),
         ("authors", ", ".join(statement.authors) or "not stated"),
     ]
-    if statement.base_model:
-        rows.append(("made from", statement.base_model))
+    base = statement.base_model or (run.start if run else "")
+    if base:
+        rows.append(("made from", base))
     return _table(("", ""), rows)
 
 
@@ -169,6 +169,9 @@ def _data(run: Run | None, statement: Statement) -> str:
     parts = ["## Text it was trained on"]
     if statement.datasets:
         parts.append("Data sets: " + ", ".join(statement.datasets) + ".")
+    if run and run.start:
+        base = statement.base_model or run.start
+        parts.append(f"This training went on from {base}, whose own text is not counted here.")
     splits = run.state.get("data", {}) if run else {}
     if "train" in splits:
         weights = run.recipe.get("weights", {}) if run else {}
@@ -209,7 +212,7 @@ def _training(run: Run | None) -> str:
         if key in (*FREE_SETTINGS, "model", "weights", "epochs") or value in ("", None, [], {}):
             continue
         if key == "init_from":
-            value = Path(value).name  # where it lay is nobody's business
+            value = run.start  # where it lay is nobody's business
         rows.append((f"`{key}`", f"{value}"))
     return "\n\n".join(["## Training", f"{summary}.", _table(("recipe", ""), rows)])
 
@@ -235,8 +238,11 @@ def _scores(run: Run | None) -> str:
     ]
     head = ("step", "tokens", "perplexity", "bits per byte", *columns.values())
     step = run.state["step"]
+    what = "every token and the end of each scored"
+    if run.has_pairs:
+        what = "of pairs the completion, of others every token, and the end of each scored"
     text = (
-        "On the held-out documents, each on its own, every token and the end of each scored."
+        f"On the held-out documents, each on its own, {what}."
         " Perplexity is per token and compares only with models of the same vocabulary; bits per"
         " byte compare with any."
     )

@@ -28,7 +28,7 @@ from ..formats.checkpoint import Checkpoint
 from ..loading import find_model
 from .distributed import shared_like, whole
 from .model import Llama, state_to_tensors, tensors_to_state
-from .recipe import FREE_SETTINGS, Recipe, recipe_from_dict
+from .recipe import FREE_SETTINGS, Recipe, flat, recipe_from_dict
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -199,6 +199,8 @@ def find_checkpoint(path: str | os.PathLike[str], pointer: str = "LATEST") -> Pa
         return path / name
     if (path / "config.json").is_file():
         return path
+    if (path / "metrics.jsonl").is_file():
+        raise FileNotFoundError(f"{path}: a training run that has no checkpoint yet")
     raise FileNotFoundError(f"{path}: neither a training run nor a checkpoint")
 
 
@@ -215,27 +217,41 @@ def load_state(folder: Path) -> TrainerState:
 def previous_run(run: Path, recipe: Recipe, data_sha256: str) -> Path | None:
     """The checkpoint to go on from, if ``run`` holds one.
 
-    Raises ConfigError when it is one of another recipe or of other data.
+    Raises ConfigError when it is one of another recipe or of other data, or holds something else.
     """
     try:
         folder = find_checkpoint(run)
     except FileNotFoundError:
+        _check_empty(run)
         return None
     state = load_state(folder)
     if state.data_sha256 != data_sha256:
-        raise ConfigError(f"{run} was trained on other data (the manifest differs)")
+        raise ConfigError(
+            f"{run} holds a run on other data; choose another folder for --out, where"
+            f" --from {run} goes on with its model"
+        )
     try:
         before = recipe_from_dict(state.recipe, str(folder / "trainer.json")).to_dict()
     except ConfigError as error:
         raise FormatError(str(error)) from None
-    now = recipe.to_dict()
+    was, now = flat(before), flat(recipe.to_dict())
     for key in now:
-        if key not in FREE_SETTINGS and before[key] != now[key]:
+        if key not in FREE_SETTINGS and was[key] != now[key]:
             raise ConfigError(
-                f"{run} holds a run of another recipe: {key} was {before[key]!r},"
-                f" now {now[key]!r}; choose another folder"
+                f"{run} holds a run of another recipe: {key} was {was[key]!r}, now {now[key]!r};"
+                f" choose another folder for --out, where --from {run} goes on with its model"
             )
     return folder
+
+
+def _check_empty(run: Path) -> None:
+    """Raise ConfigError where a folder that no training has made holds something."""
+    there = {path.name for path in run.glob("[!.]*")} if run.is_dir() else set()
+    if there and not there & {"metrics.jsonl", "tensorboard"}:
+        raise ConfigError(
+            f"{run} is no training run, and not empty (it has {min(there)}); choose another folder"
+            " for --out"
+        )
 
 
 def check_files(folder: Path) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 from ..errors import ArgumentError
 from ..report import Page, new_figure
 from .metrics import Records, read_records, series
-from .page import bits_error, dress, duration, flat, newest, plus_minus, smoothed, thinned
+from .page import bits_error, dress, duration, newest, plus_minus, smoothed, thinned
+from .recipe import flat
 
 
 class Standing(NamedTuple):

@@ -65,6 +65,7 @@ Mia and Ben fell asleep by the window, and in the morning there were five small 
 class Report:
     """What was written and how close it is to the checkpoint, over ``n_tokens`` tokens of text.
 
+    ``source``: what was read; of a training run the checkpoint's folder.
     ``oracle`` is what computed the checkpoint's logits: "torch" or "NumPy".
     ``max_difference``: the largest difference of two logits; ``max_logit``: the largest of them.
     Bits per byte and perplexity (e to the mean loss per token) stand ``before`` for the checkpoint
@@ -72,6 +73,7 @@ class Report:
     their probabilities in nats per token.
     """
 
+    source: str
     path: str
     format: str
     dtype: str
@@ -138,7 +140,9 @@ def export(
 
     def check(written: Model, part: Path) -> Report:
         figures = _compare(written, oracle, texts)
-        report = Report(str(out), to, dtype, part.stat().st_size, name, **figures)
+        report = Report(
+            checkpoint.source, str(out), to, dtype, part.stat().st_size, name, **figures
+        )
         _judge(report)
         return report
 

@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import FormatError
 from ..report import Page, new_figure
 from .metrics import Records, perplexity, read_records, series
+from .recipe import flat
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,12 +44,6 @@ def run_page(run: Path) -> Page:
     settings = flat(beginning["recipe"])
     page.table(["setting", "value"], [[key, str(value)] for key, value in settings.items()])
     return page
-
-
-def flat(recipe: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's settings by the names that ``--set`` takes."""
-    model = {f"model.{field}": value for field, value in recipe["model"].items()}
-    return {key: value for key, value in recipe.items() if key != "model"} | model
 
 
 def newest(records: Records, field: str, run: Path) -> dict[str, Any]:

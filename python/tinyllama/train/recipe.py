@@ -180,6 +180,12 @@ def _check_number(name: str, value: object, high: float) -> None:
         raise ConfigError(f"{name} is {value}; it must be in [0, {high}]")
 
 
+def flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A recipe's values, as ``to_dict`` gives them, by the names that ``--set`` takes."""
+    model = {f"model.{field}": value for field, value in recipe["model"].items()}
+    return {key: value for key, value in recipe.items() if key != "model"} | model
+
+
 CHOICES = {
     "optimizer": ("adamw", "muon"),
     "schedule": ("cosine", "linear", "constant"),
@@ -199,9 +205,10 @@ def recipe_from_dict(
     """A Recipe from nested plain values, changed by ``settings`` (each ``key=value``).
 
     A section ``fast`` has what other values learn the same from fewer tokens; they count where
-    ``fast`` is asked for. Raises ConfigError for unknown or missing keys.
+    ``fast`` is asked for. Steps that are set take the place of the recipe's epochs, and its warm-up
+    becomes a tenth of them at most. Raises ConfigError for unknown or missing keys.
     """
-    values = dict(values)
+    values, settings = dict(values), list(settings)
     faster = values.pop("fast", {})
     if not isinstance(faster, Mapping):
         raise ConfigError(f"{source}: fast is {faster!r}, not a section")
@@ -210,6 +217,11 @@ def recipe_from_dict(
     if fast and not faster:
         raise ConfigError(f"{source} has no [fast] section")
     values = _with_settings({**values, **faster} if fast else values, settings)
+    changed = {setting.partition("=")[0].strip() for setting in settings}
+    if {"steps", "epochs"} <= changed and values["epochs"]:
+        raise ConfigError(f"{source}: steps and epochs are both set; either says how long it is")
+    if "steps" in changed:
+        values["epochs"] = 0.0
     model = values.pop("model", None)
     if not isinstance(model, Mapping):
         raise ConfigError(f"{source}: the section [model] is missing")
@@ -224,9 +236,11 @@ def recipe_from_dict(
     try:
         if scaling is not None:
             model["rope_scaling"] = RopeScaling(**scaling)
-        return Recipe(model=Config(**model), **values)
+        recipe = Recipe(model=Config(**model), **values)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+    short = "steps" in changed and "warmup_steps" not in changed
+    return recipe.with_short_warmup() if short else recipe
 
 
 def load_recipe(path: str | Path, settings: Iterable[str] = (), fast: bool = False) -> Recipe:

@@ -55,11 +55,13 @@ class Statement:
             if not right:
                 raise ConfigError(f"{field.name} is {value!r}; it must be {kind}")
 
-    @property
-    def missing(self) -> list[str]:
-        """The names of what a published model should have stated, and has not."""
-        wanted = ("description", "languages", "license", "datasets", "authors", "year", "limits")
-        return [name for name in wanted if not getattr(self, name)]
+    def missing(self, run: Run | None) -> list[str]:
+        """The names of what a published model of that run should have stated, and has not."""
+        wanted = ["description", "languages", "license", "datasets", "authors", "year", "limits"]
+        if run and run.start:
+            wanted.append("base_model")
+        missing = [name for name in wanted if not getattr(self, name)]
+        return missing + ["prompts"] * (run is not None and run.has_pairs and self.prompts == [""])
 
 
 def read_statement(path: str | os.PathLike[str]) -> Statement:
@@ -90,6 +92,17 @@ class Run:
     def recipe(self) -> dict[str, Any]:
         recipe: dict[str, Any] = self.state["recipe"]
         return recipe
+
+    @property
+    def start(self) -> str:
+        """The name of the model that the training went on from; empty of a new one."""
+        start = str(self.recipe.get("init_from") or "")
+        return "the model that ships with tinyllama" if start == "bundled" else Path(start).name
+
+    @property
+    def has_pairs(self) -> bool:
+        """Whether it learned to complete prompts."""
+        return bool(self.state.get("data", {}).get("train", {}).get("pairs"))
 
     @property
     def tokens_per_step(self) -> int:

@@ -179,6 +179,12 @@ class Trainer:
         self._page_at = time.monotonic()
         progress = Progress(recipe, self.state.step, peak, shown=self.ranks.is_first)
         with progress.bar, stop_on_signals() as stop:
+            if recipe.init_from and recipe.every_eval and not self.state.step:
+                self._say(self.evaluate())
+                # What it began with is on record; the best is what this training makes.
+                self.state = dataclasses.replace(
+                    self.state, bits_per_byte=None, best_bits_per_byte=None
+                )
             while self.state.step < recipe.steps and not any(self.ranks.sum(stop.is_set())):
                 began = time.perf_counter()
                 nats = self.step()

@@ -116,14 +116,18 @@ def _pieces(split: Split, context: int) -> Iterator[tuple[np.ndarray, int, int]]
 def beginnings(split: Split, tokenizer: SentencePieceProcessor) -> list[str]:
     """What samples begin with: of three documents across ``split`` the first words, or the prompt.
 
-    Fewer where documents are few or have no words; always the same of the same text.
+    All differ. Fewer where documents are few or have no words; always the same of the same text.
     """
-    found = []
-    for i in sorted({len(split) * part // N_BEGINNINGS for part in range(N_BEGINNINGS)}):
-        given = int(split.prompt[i])
-        text = tokenizer.decode(split.document(i, 0, given or BEGINNING_TOKENS).tolist())
-        found.append(text if given else first_words(text, BEGINNING_WORDS))
-    return list(dict.fromkeys(text for text in found if text.strip()))
+    found: list[str] = []
+    for part in range(N_BEGINNINGS):
+        for i in range(len(split) * part // N_BEGINNINGS, len(split) * (part + 1) // N_BEGINNINGS):
+            given = int(split.prompt[i])
+            text = tokenizer.decode(split.document(i, 0, given or BEGINNING_TOKENS).tolist())
+            text = text if given else first_words(text, BEGINNING_WORDS)
+            if text.strip() and text not in found:
+                found.append(text)
+                break
+    return found
 
 
 def tell(
