@@ -43,6 +43,8 @@ PAD = 0  # the unknown token, which texts do not end with: models of this projec
 
 def read(path: str, columns: list[str], label: str) -> list[Example]:
     """The examples of a file. Raises SystemExit, naming the example, where a column is missing."""
+    if not Path(path).is_file():
+        raise SystemExit(f"{path}: there is no such file")
     if Path(path).suffix == ".xml":
         pairs = ET.parse(path).getroot().iter("pair")
         records = [
@@ -190,6 +192,10 @@ def main() -> None:
     parser.add_argument("--out", metavar="FILE", help="write all figures as JSON")
     args = parser.parse_args()
 
+    if not (Path(args.model) / "config.json").is_file():
+        raise SystemExit(
+            f"{args.model}: no Hugging Face folder; `tinyllama export … --to hf DIR` makes one"
+        )
     train = read(args.train, args.text, args.label)
     if args.test:
         test = read(args.test, args.text, args.label)

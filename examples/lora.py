@@ -57,6 +57,10 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     args = parser.parse_args()
 
+    if not (Path(args.model) / "config.json").is_file():
+        raise SystemExit(
+            f"{args.model}: no Hugging Face folder; `tinyllama export … --to hf DIR` makes one"
+        )
     torch.manual_seed(0)
     random = np.random.default_rng(0)
     # The whole path: the adapter remembers it, and export finds its base again.

@@ -263,6 +263,29 @@ def test_a_comparison_that_says_nothing_says_so(tmp_path: Path, capsys: Any) -> 
             Comparison(runs)
 
 
+def test_a_page_tells_the_sources_and_how_often_an_epoch_has_them(
+    tokens: Path, tmp_path: Path
+) -> None:
+    trainer = Trainer(dataclasses.replace(RECIPE, steps=1), tokens, tmp_path)
+    trainer.train()
+    assert "text: " not in (tmp_path / "report.html").read_text()  # there is one
+    first, *others = trainer.metrics.records
+    first["sources"] = [
+        {"name": "wiki", "documents": 1200, "tokens": 34567},
+        {"name": "novels", "documents": 3, "tokens": 8000},
+    ]
+    first["recipe"]["weights"] = {"novels": 2.5}
+    lines = "".join(json.dumps(record) + "\n" for record in (first, *others))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    run_page(tmp_path).write(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    for cells in (
+        "<td>text: wiki</td><td>1,200 documents, 34,567 tokens, 1 times an epoch</td>",
+        "<td>text: novels</td><td>3 documents, 8,000 tokens, 2.5 times an epoch</td>",
+    ):
+        assert cells in page
+
+
 @pytest.mark.usefixtures("fake_meter")
 def test_the_verbs_leave_training_as_it_was(tokens: Path, tmp_path: Path, capsys: Any) -> None:
     config = tmp_path / "recipe.toml"

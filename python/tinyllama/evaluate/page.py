@@ -65,6 +65,7 @@ def write_page(path: str | os.PathLike[str], results: dict[str, Any]) -> None:
             page.heading("What the judge was told")
             page.quote(INSTRUCTION + "BEGINNING\n***\nSTORY")
         page.heading("Stories, not selected: the first of every prompt")
+        page.text("What stands behind ▸ is the model's.")
         for prompt, group in zip(stories["prompts"], stories["completions"], strict=True):
             page.quote(f"{prompt} ▸{group[0]['text']}")
     page.write(path)

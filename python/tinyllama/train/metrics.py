@@ -27,8 +27,8 @@ class Metrics:
 
     - a beginning, of the run or of a part that goes on: ``recipe`` and its ``source``, ``version``
       of this package, ``began`` (local time), ``n_parameters``, ``device``, ``dtype``,
-      ``compiled``, ``peak_flop_per_s``, ``n_documents`` and ``n_tokens`` to train on,
-      ``valid_bytes``;
+      ``compiled``, ``peak_flop_per_s``, ``n_documents`` and ``n_tokens`` to train on, the
+      ``sources`` they come from (a list, as in the data's manifest), ``valid_bytes``;
     - training: ``train_nats``, the mean loss of the step's tokens, ``grad_norm`` before clipping,
       ``learning_rate`` (``muon_learning_rate`` too), and since the last such record ``tok_per_s``
       and ``peak_share``, the model's FLOPs over the measured peak;

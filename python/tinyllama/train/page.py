@@ -118,6 +118,21 @@ def _beginning_rows(records: Records, beginning: dict[str, Any]) -> list[list[ob
     return [*rows, ["device", ", ".join(how)]]
 
 
+def _source_rows(beginning: dict[str, Any]) -> list[list[object]]:
+    """Where the text has several sources: what each holds, and how often an epoch has it."""
+    sources = beginning.get("sources", [])
+    weights = beginning["recipe"].get("weights", {})
+    return [
+        [
+            f"text: {source['name']}",
+            f"{source['documents']:,} documents, {source['tokens']:,} tokens,"
+            f" {weights.get(source['name'], 1):g} times an epoch",
+        ]
+        for source in sources
+        if len(sources) > 1
+    ]
+
+
 def _add_summary(
     page: Page, records: Records, beginning: dict[str, Any], last_written: str
 ) -> None:
@@ -128,8 +143,9 @@ def _add_summary(
         ["parameters", f"{beginning['n_parameters']:,}"],
         [
             "text",
-            f"{beginning['n_documents']:,} documents, {beginning['n_tokens']:,} tokens",
+            f"{beginning['n_documents']:,} documents, {beginning['n_tokens']:,} tokens an epoch",
         ],
+        *_source_rows(beginning),
         [
             "seen",
             f"{tokens:,} tokens, {tokens / beginning['n_tokens']:.2f} epochs;"

@@ -368,6 +368,7 @@ class Trainer:
             n_parameters=self.recipe.model.n_parameters,
             n_documents=self.windows.n_documents,
             n_tokens=self.windows.n_tokens,
+            sources=self.state.data.get("train", {}).get("sources", []),
             valid_bytes=self.valid.n_bytes if self.valid else 0,
             device=self._where,
             dtype="f32" if self.autocast is nullcontext else "bf16",
