@@ -394,3 +394,21 @@ def test_bad_input_leaves_nothing_behind(tmp_path, model):
         prepare(good, model, tmp_path)
     with pytest.raises(NotADirectoryError, match=r"good\.txt/out'$"):
         prepare(good, model, good / "out")
+
+
+def test_text_and_tokenizers_need_no_torch(tmp_path):
+    write_stories(tmp_path / "a.txt")
+    script = """
+import sys
+sys.modules["torch"] = None
+from tinyllama.cli import main
+for command in (
+    "data check a.txt --repair b.txt --tokenizer bundled --report text.html",
+    "tokenizer train b.txt --vocab-size 320 --out t.model",
+    "tokenizer show t.model cat",
+    "data prepare b.txt --tokenizer t.model --workers 1 --out tokens",
+):
+    assert main(command.split()) == 0, command
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=300)
+    assert (tmp_path / "tokens" / "manifest.json").is_file()

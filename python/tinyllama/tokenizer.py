@@ -149,7 +149,7 @@ def _fit(lines: Iterator[str], vocab_size: int, byte_fallback: bool, split_digit
     try:
         import sentencepiece
     except ImportError:
-        raise MissingExtraError("sentencepiece", "train") from None
+        raise MissingExtraError("sentencepiece", "data") from None
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(

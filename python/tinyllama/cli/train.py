@@ -41,6 +41,7 @@ on four devices of this machine, or processes where there is no GPU; on several 
 arguments of torchrun (--nnodes, --rdzv-endpoint) and folders that all of them see:
   torchrun --nproc-per-node 4 -m tinyllama.train --preset stories110m --data tokens --out run
 They share each step's batch_size × grad_accum windows; --set parallel=fsdp shares the weights too.
+Ctrl-C saves and stops here as well; torchrun then prints a traceback of its own.
 """
 
 

@@ -112,7 +112,7 @@ class Documents:
         try:
             from tqdm import tqdm
         except ImportError:
-            raise MissingExtraError("tqdm", "train") from None
+            raise MissingExtraError("tqdm", "data") from None
         with tqdm(
             total=self.size, desc=self.progress, unit="B", unit_scale=True, disable=None
         ) as bar:
@@ -202,7 +202,7 @@ def _decompressed(raw: io.BufferedReader, compression: str | None) -> io.Buffere
         try:
             import pyarrow
         except ImportError:
-            raise MissingExtraError("pyarrow", "train") from None
+            raise MissingExtraError("pyarrow", "data") from None
         return io.BufferedReader(pyarrow.input_stream(raw, compression="zstd"))
     return raw
 
@@ -314,7 +314,7 @@ def _read_parquet(stream: BinaryIO, field: str | None, path: Path) -> Iterator[t
         import pyarrow.lib
         import pyarrow.parquet
     except ImportError:
-        raise MissingExtraError("pyarrow", "train") from None
+        raise MissingExtraError("pyarrow", "data") from None
     try:
         file = pyarrow.parquet.ParquetFile(stream)
         columns = list(_choose(file.schema_arrow.names, field, str(path)))

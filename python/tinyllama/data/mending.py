@@ -26,7 +26,7 @@ def mend_encoding(text: str) -> str:
     try:
         import ftfy
     except ImportError:
-        raise MissingExtraError("ftfy", "train") from None
+        raise MissingExtraError("ftfy", "data") from None
     if _ftfy_config is None:
         _ftfy_config = ftfy.TextFixerConfig(
             unescape_html=False,

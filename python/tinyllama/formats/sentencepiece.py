@@ -155,7 +155,7 @@ def open_processor(model: bytes) -> Any:
     try:
         import sentencepiece
     except ImportError:
-        raise MissingExtraError("sentencepiece", "train") from None
+        raise MissingExtraError("sentencepiece", "data") from None
     return sentencepiece.SentencePieceProcessor(model_proto=model)
 
 
