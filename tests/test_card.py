@@ -221,7 +221,14 @@ def test_text_by_source(foreign: Path) -> None:
     assert "| made from | x |" in text and "This training went on from x, whose own text" in text
     assert Statement().missing(run)[-1] == "base_model"
     assert "base_model" not in Statement(base_model="me/x").missing(run)
+    assert "prompt and completion" not in text
     train["pairs"] = 32
+    records = [{"step": step, "valid_nats": 1.0, "bits_per_byte": 0.5} for step in (0, 7)]
+    text = model_card(
+        tinyllama.load(foreign), Run(run.state, records), Statement(samples=0), "f", "f32"
+    )
+    assert "Pairs of prompt and completion" in text and "Step 0 is the model that it" in text
+    assert "name: completions held out of the training" in text
     assert Statement().missing(run)[-1] == "prompts"
 
 

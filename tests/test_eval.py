@@ -77,6 +77,28 @@ def test_of_documents_scores_their_ends_too(model):
     assert score.bits_per_byte == pytest.approx(nats / math.log(2) / n_bytes, abs=1e-5)
 
 
+@pytest.mark.parametrize("n_prompt", [3, 40, 63, 64, 65, 100, 200])
+def test_of_a_pair_the_completion_counts(model, n_prompt):
+    letters = np.random.default_rng(1).integers(ord("a"), ord("z") + 1, n_prompt).tolist()
+    pair = (bytes(letters).decode(), " and then some more, to the end")
+    prompt = model.tokenizer.encode(pair[0])
+    tokens = prompt + model.tokenizer._core.encode(pair[1], False, False, at_start=False)
+    context, n_targets = model.config.max_seq_len, len(tokens)
+    ends = [model.tokenizer.eos_id, model.tokenizer.bos_id]
+    nats, begin, scored = 0.0, 0, len(prompt) - 1
+    while scored < n_targets:
+        stop = min(begin + context, n_targets)
+        rows = model.logits(tokens[begin:stop])
+        for at in range(scored, stop):
+            after = [tokens[at + 1]] if at + 1 < len(tokens) else ends
+            nats -= np.logaddexp.reduce(log_softmax(rows[at - begin])[after])
+        scored, begin = max(scored, stop), stop - context // 2
+    score = of_documents(model, [pair])
+    assert score.n_tokens == len(tokens) - len(prompt) + 1
+    assert score.nats_per_token == pytest.approx(nats / score.n_tokens, abs=1e-5)
+    assert score.bits_per_byte == pytest.approx(nats / math.log(2) / len(pair[1]), abs=1e-5)
+
+
 @pytest.mark.parametrize("n_tokens", [62, 63, 64, 65, 66, 95, 96, 97, 128, 129])
 def test_lengths_around_the_context(model, n_tokens):
     tokens = [1, *np.random.default_rng(0).integers(259, 300, n_tokens - 1).tolist()]

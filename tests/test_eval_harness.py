@@ -155,5 +155,7 @@ def test_a_task_that_does_not_exist(folder, task, capsys):
     assert "no task is called 'cats'" in capsys.readouterr().err
     assert main(["eval", folder, "--tasks", "pets", "--task-folder", task + "s"]) == 2
     assert "taskss: there is no such folder" in capsys.readouterr().err
+    assert main(["eval", folder, "--tasks", "pets", "--report", "model.gguf"]) == 2
+    assert "model.gguf: the name of a page ends in .html" in capsys.readouterr().err
     assert main(["eval", folder]) == 2
     assert "give --text, --stories or --tasks" in capsys.readouterr().err

@@ -23,9 +23,10 @@ from tinyllama.errors import ArgumentError, ConfigError, FormatError  # noqa: E4
 from tinyllama.formats import read_checkpoint  # noqa: E402
 from tinyllama.formats.checkpoint import TokenType, Vocabulary  # noqa: E402
 from tinyllama.formats.gguf import gguf_bytes  # noqa: E402
-from tinyllama.formats.sentencepiece import save_sentencepiece  # noqa: E402
+from tinyllama.formats.sentencepiece import open_processor, save_sentencepiece  # noqa: E402
 from tinyllama.loading import bundled_model  # noqa: E402
-from tinyllama.train.batches import UNSCORED, TokenFolder  # noqa: E402
+from tinyllama.train.batches import UNSCORED, Texts, TokenFolder  # noqa: E402
+from tinyllama.train.metrics import read_records  # noqa: E402
 from tinyllama.train.page import run_page  # noqa: E402
 from tinyllama.train.pairs import PairWindows, pack  # noqa: E402
 from tinyllama.train.trainer import Trainer  # noqa: E402
@@ -361,3 +362,16 @@ def test_fine_tuning_the_bundled_model_from_the_command_line(
     assert tuned.vocabulary.pieces == start.vocabulary.pieces
     moved = [np.abs(tuned.tensors[name] - tensor).max() for name, tensor in start.tensors.items()]
     assert 0 < max(moved) < 0.01
+    (*_, score) = (r for r in read_records(Path("tuned")) if "bits_per_byte" in r)
+    capsys.readouterr()
+    for text in ("pairs", "held_out.jsonl"):
+        if text != "pairs":  # the same pairs, not prepared
+            folder = TokenFolder("pairs")
+            texts = Texts(folder, open_processor(folder.tokenizer.read_bytes()))
+            lines = [json.dumps(pair._asdict()) + "\n" for _, pair in texts.pairs()]
+            Path(text).write_text("".join(lines))
+        assert main(["eval", "tuned", "--text", text, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)["text"]
+        assert found["pairs"] == found["documents"] > 1
+        # Training may score in bf16; with the prompts it would be another figure.
+        assert found["bits_per_byte"] == pytest.approx(score["bits_per_byte"], rel=5e-3)

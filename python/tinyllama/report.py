@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from .errors import MissingExtraError
-from .files import whole_file
+from .errors import ArgumentError, MissingExtraError
+from .files import check_place, whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -70,6 +70,16 @@ class Page:
                 f"<title>{html.escape(self.title)}</title><style>{STYLE}</style></head>\n"
                 f"<body>\n{body}\n</body></html>\n".encode(errors="xmlcharrefreplace")
             )
+
+
+def check_page_place(path: str) -> None:
+    """For the start of long work: raise ArgumentError, or OSError, where no page can be written.
+
+    The name has to end in .html: no other file is overwritten by mistake.
+    """
+    if not path.endswith(".html"):
+        raise ArgumentError(f"{path}: the name of a page ends in .html")
+    check_place(path)
 
 
 def new_figure(width: float = 8.0, height: float = 4.0) -> Figure:

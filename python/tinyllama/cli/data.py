@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.documents import SEPARATOR
 from ..errors import ArgumentError
-from ..files import check_place
+from ..report import check_page_place
 
 if TYPE_CHECKING:
     from ..data.checking import Report
@@ -155,9 +155,7 @@ def run_check(args: argparse.Namespace) -> None:
     from ..loading import find_model
 
     if args.report:
-        if not args.report.endswith(".html"):
-            raise ArgumentError(f"--report is {args.report!r}: the name of a page ends in .html")
-        check_place(args.report)
+        check_page_place(args.report)
     report = check(
         args.inputs,
         repair=args.repair,
@@ -200,7 +198,8 @@ def _print_report(report: Report, repaired: bool) -> None:
     print(f"bytes of a document: {', '.join(lengths)}")
     for key, finding in total.findings.items():
         title, action = FINDINGS[key]
-        done = f"  ({action})" if repaired and finding.count else ""
+        done = f"  ({action})" if repaired else f"  (in a repair: {action})"
+        done = done if finding.count else ""
         print(f"{finding.count:>9,}  {title}{done}")
         for example in finding.examples:
             print(f"{'':11}{example}")

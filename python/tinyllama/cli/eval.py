@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ArgumentError
 from ..files import check_place
+from ..report import check_page_place
 from .loading import MODELS, add_model_options, open_model
 from .measures import measure_text, run_tasks, story_sampling, tell_stories, text_documents
 
@@ -194,7 +195,7 @@ def _check(args: argparse.Namespace) -> None:
         if inputs:
             Documents(inputs)
     if args.report:
-        check_place(args.report)
+        check_page_place(args.report)
     if args.stories:
         _check_stories(args)
 

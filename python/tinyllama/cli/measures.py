@@ -13,7 +13,7 @@ from ..errors import ArgumentError
 from .loading import progress_bar
 
 if TYPE_CHECKING:
-    from ..data.documents import Documents
+    from ..data.documents import Documents, Pair
     from ..evaluate.prompts import Prompts
     from ..generation import Completion
     from ..model import Model
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
 
 
 def measure_text(model: Model, args: argparse.Namespace) -> dict[str, Any]:
-    """Bits per byte of ``--text``."""
+    """Bits per byte of ``--text``; of pairs of prompt and completion, of the completions."""
     from ..evaluate.perplexity import of_documents
 
     documents = text_documents(args)
-    seen = {"documents": 0, "bytes": 0}
-    texts = (text for _, text in _watched(documents, seen, "scoring"))
+    seen = {"documents": 0, "pairs": 0, "bytes": 0}
+    pairs = (pair for _, pair in _watched(documents, seen, "scoring"))
     start = time.perf_counter()
     try:
-        score = of_documents(model, texts)
+        score = of_documents(model, pairs)
     except ArgumentError as error:
         raise ArgumentError(f"{args.text}: {error}") from None
     return {
@@ -116,9 +116,15 @@ def _overlap(groups: list[list[Completion]], args: argparse.Namespace) -> dict[s
     from ..evaluate.overlap import overlaps
     from ..evaluate.page import N_COPIES
 
-    seen = {"documents": 0, "bytes": 0}
-    documents = _watched(Documents(args.train_text, field=args.field), seen, "comparing")
-    found = overlaps([story.text for group in groups for story in group], documents)
+    seen = {"documents": 0, "pairs": 0, "bytes": 0}
+
+    def whole() -> Iterator[tuple[str, str]]:
+        documents = Documents(args.train_text, field=args.field)
+        for where, pair in _watched(documents, seen, "comparing"):
+            seen["bytes"] += len(pair.prompt.encode())
+            yield where, "".join(pair)
+
+    found = overlaps([story.text for group in groups for story in group], whole())
     of_stories = [found[i : i + args.completions] for i in range(0, len(found), args.completions)]
     means = {
         name: of_prompts([[float(getattr(one, name)) for one in group] for group in of_stories])
@@ -192,14 +198,15 @@ def run_tasks(model: Model, args: argparse.Namespace) -> dict[str, dict[str, flo
 
 def _watched(
     documents: Documents | Texts, seen: dict[str, int], what: str
-) -> Iterator[tuple[str, str]]:
+) -> Iterator[tuple[str, Pair]]:
     """The documents that are not empty, counted in ``seen``, with a bar on stderr on a terminal."""
     bar = progress_bar(documents.size, what, unit="B", unit_scale=True)
-    for where, text in documents:
-        if text:
-            yield where, text
+    for where, pair in documents.pairs():
+        if pair.completion:
+            yield where, pair
             seen["documents"] += 1
-            seen["bytes"] += len(text.encode())
+            seen["pairs"] += bool(pair.prompt)
+            seen["bytes"] += len(pair.completion.encode())
         if bar is not None:
             bar.update(documents.position - bar.n)
     if bar is not None:

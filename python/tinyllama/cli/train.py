@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ..errors import ArgumentError
-from ..files import check_place
+from ..report import check_page_place
 
 EPILOG = """\
 A recipe is a preset, a TOML file, chosen for a --size, or for going on --from a trained model;
@@ -24,7 +24,7 @@ Where DATA has several sources, weights mix them: --set weights.NAME=3 sees each
 three times in an epoch, 0.5 half of them, 0 none; 1 is the default. Validation text is never
 weighted.
 
-Ctrl-C saves and stops; the same command then goes on exactly where it was.
+Ctrl-C, or SIGTERM, saves and stops; the same command then goes on exactly where it was.
 
 examples:
   tinyllama train --preset stories1m --data tokens --out run
@@ -217,7 +217,7 @@ def compare(args: argparse.Namespace) -> None:
     from ..train.compare import Comparison
 
     if args.out:
-        check_place(args.out)
+        check_page_place(args.out)
     comparison = Comparison(args.runs)
     _print_table(*comparison.table())
     for line in comparison.notes():

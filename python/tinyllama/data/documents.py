@@ -244,7 +244,8 @@ def _lines(
             if replace_invalid is None:
                 raise FormatError(
                     f"{path}: line {number}: not UTF-8: byte 0x{line[error.start]:02X}"
-                    f" at offset {at} ({error.reason}); `tinyllama data check --repair` mends text"
+                    f" at offset {at} ({error.reason}); `tinyllama data check --repair` takes"
+                    " such bytes as Windows-1252; convert a file in another encoding first (iconv)"
                 ) from None
             replace_invalid(f"{path}: line {number}", at)
             n_invalid += len(line) - len(line.decode(errors="ignore").encode())

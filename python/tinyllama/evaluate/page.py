@@ -45,7 +45,9 @@ def tables(results: dict[str, Any]) -> list[Table]:
             ("nats per token", f"{text['nats_per_token']:.4f}"),
             *((name, f"{text[name]:,}") for name in ("documents", "bytes", "tokens")),
         )
-        found.append(Table(f"Text: {text['file']}", ("", ""), rows))
+        pairs = f"{text['pairs']:,} are pairs, of which the completions count."
+        caption = pairs if text.get("pairs") else ""
+        found.append(Table(f"Text: {text['file']}", ("", ""), rows, caption))
     if stories := results.get("stories"):
         found += _stories(stories)
     if tasks := results.get("tasks"):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..data.documents import Pair
 from ..errors import ConfigError, FormatError
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class Split:
 
 
 class Texts:
-    """What a folder holds out, as text: an iterable of (where, text), as ``data.Documents`` is.
+    """What a folder holds out, as text: :meth:`pairs` of it, as of ``data.Documents``.
 
     ``size`` and ``position`` count bytes, for progress bars.
     """
@@ -148,11 +149,15 @@ class Texts:
         self.split, self.tokenizer = folder.split("valid"), tokenizer
         self.size, self.position = int(folder.counts["valid"]["bytes"]), 0
 
-    def __iter__(self) -> Iterator[tuple[str, str]]:
+    def pairs(self) -> Iterator[tuple[str, Pair]]:
+        """(where, pair) of each document; of plain text the prompt is empty."""
         for i in range(len(self.split)):
             text = self.tokenizer.decode(self.split.document(i).tolist())
             self.position += len(text.encode())
-            yield f"{self.split.name}: document {i + 1}", text
+            given = self.split.document(i, 0, int(self.split.prompt[i])).tolist()
+            prompt = self.tokenizer.decode(given)
+            pair = Pair(prompt, text.removeprefix(prompt))
+            yield f"{self.split.name}: document {i + 1}", pair
 
 
 def _read_prompts(folder: Path, shard: dict[str, Any], length: np.ndarray) -> np.ndarray:

@@ -92,8 +92,9 @@ def _eval_results(run: Run | None) -> list[EvalResult]:
     from huggingface_hub import EvalResult
 
     score = run.score if run else None
-    if score is None:
+    if run is None or score is None:
         return []
+    what = "completions" if run.has_pairs else "documents"
     values = [
         ("perplexity", "perplexity per token", round(perplexity(score["valid_nats"]), 4)),
         ("bits_per_byte", "bits per byte", round(score["bits_per_byte"], 4)),
@@ -102,7 +103,7 @@ def _eval_results(run: Run | None) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             dataset_type="held-out",
-            dataset_name="documents held out of the training",
+            dataset_name=f"{what} held out of the training",
             metric_type=kind,
             metric_name=title,
             metric_value=value,
@@ -172,6 +173,8 @@ def _data(run: Run | None, statement: Statement) -> str:
     if run and run.start:
         base = statement.base_model or run.start
         parts.append(f"This training went on from {base}, whose own text is not counted here.")
+    if run and run.has_pairs:
+        parts.append("Pairs of prompt and completion: the prompts were read, not learned.")
     splits = run.state.get("data", {}) if run else {}
     if "train" in splits:
         weights = run.recipe.get("weights", {}) if run else {}
@@ -246,6 +249,7 @@ def _scores(run: Run | None) -> str:
         " Perplexity is per token and compares only with models of the same vocabulary; bits per"
         " byte compare with any."
     )
+    text += " Step 0 is the model that it went on from." if scores[0]["step"] == 0 else ""
     text += "" if run.score else f" This checkpoint, of step {step:,}, was not scored itself."
     return "\n\n".join(["## Scores", text, _table(head, rows)])
 

@@ -239,13 +239,15 @@ def previous_run(run: Path, recipe: Recipe, data_sha256: str) -> Path | None:
         if key not in FREE_SETTINGS and was[key] != now[key]:
             raise ConfigError(
                 f"{run} holds a run of another recipe: {key} was {was[key]!r}, now {now[key]!r};"
-                f" choose another folder for --out, where --from {run} goes on with its model"
+                " --resume goes on with it as it was, another folder for --out begins a new one"
             )
     return folder
 
 
 def _check_empty(run: Path) -> None:
     """Raise ConfigError where a folder that no training has made holds something."""
+    if run.exists() and not run.is_dir():
+        raise ConfigError(f"{run} is a file; --out names the folder of a run")
     there = {path.name for path in run.glob("[!.]*")} if run.is_dir() else set()
     if there and not there & {"metrics.jsonl", "tensorboard"}:
         raise ConfigError(

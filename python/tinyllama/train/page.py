@@ -51,7 +51,9 @@ def newest(records: Records, field: str, run: Path) -> dict[str, Any]:
     for record in reversed(records):
         if field in record:
             return record
-    raise FormatError(f"{run / 'metrics.jsonl'}: no record has {field!r}")
+    raise FormatError(
+        f"{run / 'metrics.jsonl'}: no record has {field!r}: its training did not begin"
+    )
 
 
 def smoothed(values: np.ndarray) -> np.ndarray:
