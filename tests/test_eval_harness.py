@@ -1,6 +1,8 @@
 """The adapter for lm-evaluation-harness: the numbers of its own model ``hf``, same weights."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -134,6 +136,37 @@ def test_a_task_on_the_command_line(folder, theirs, task, tmp_path, capsys):
     assert f"{expected['acc,none']:.4f}" in Path(page).read_text(encoding="utf-8")
     found = json.loads(capsys.readouterr().out)["tasks"]["pets"]
     assert found == {"acc": expected["acc,none"], "acc_stderr": expected["acc_stderr,none"]}
+
+
+@pytest.mark.parametrize("own, given", [("", None), ("", 2), ("3", None), ("3", 2), ("0", 2)])
+def test_examples_are_those_of_the_harness(ours, task, own, given):
+    """Drawn at random from the questions, as many as the task or the caller says."""
+    text = TASK.replace("num_fewshot: 0\n", f"num_fewshot: {own}\n" if own else "")
+    text = text.replace('doc_to_text: ""', 'doc_to_text: "{{good[:9]}}:"')
+    file = Path(task) / "pets.yaml"
+    file.write_text(text.replace("FILE", str(Path(task).parent / "pets.jsonl")))
+    manager = TaskManager(include_path=task, include_defaults=False)
+    expected = lm_eval.simple_evaluate(ours, tasks=["pets"], task_manager=manager, limit=4,
+                                       num_fewshot=given)  # fmt: skip
+    found = evaluate(ours.model, ["pets"], folder=task, num_fewshot=given, limit=4)
+    asked = [
+        [sample["arguments"] for sample in one["samples"]["pets"]] for one in (expected, found)
+    ]
+    assert asked[0] == asked[1] and len(asked[0]) == 4
+    assert found["results"] == expected["results"]
+    examples = own or given
+    assert (str(asked[0]).count(":") > 8) == bool(int(examples or 0) and own != "0")
+
+
+def test_torch_is_not_loaded(folder, task):
+    """Nor transformers: together they take longer to load than a small task to answer."""
+    script = f"""
+import sys
+from tinyllama.cli import main
+assert main(["eval", {folder!r}, "--tasks", "pets", "--task-folder", {task!r}]) == 0
+assert not {{"torch", "transformers"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=300)
 
 
 def test_what_the_harness_does_over_and_over_is_done_once(folder, task, monkeypatch):

@@ -7,11 +7,14 @@ Tokens, windows and scores are those of the harness's own ``hf`` model on the sa
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
+
+import numpy as np
 
 from .. import _core
 from ..errors import ArgumentError, MissingExtraError
@@ -33,6 +36,8 @@ except ImportError as error:
 
 # Texts that are generated between two movements of the progress bar.
 AT_ONCE = 64
+# The harness's own: the same questions are drawn, behind the same examples.
+RANDOM_SEED, SEED = 0, 1234
 
 
 @register_model("tinyllama")
@@ -194,15 +199,17 @@ def evaluate(
                 f"no task is called {task!r}; `lm-eval ls tasks` lists those of the harness, and"
                 " --task-folder names a folder with others"
             )
+    # As lm_eval.simple_evaluate does it, which loads torch for a seed, and to tell its version.
+    random.seed(RANDOM_SEED)
+    np.random.seed(SEED)  # noqa: NPY002  # what tasks may draw from
     with _templates_compiled_once():
-        results: dict[str, Any] = lm_eval.simple_evaluate(
-            model=TinyLlamaLM(model),
-            tasks=tasks,
-            num_fewshot=num_fewshot,
-            limit=limit,
-            task_manager=manager,
-            verbosity="WARNING",
-        )
+        loaded = manager.load(tasks)
+        for task in loaded["tasks"].values():
+            own = task.get_config("num_fewshot")
+            if own != 0:
+                task.set_config("num_fewshot", (own or 0) if num_fewshot is None else num_fewshot)
+            task.set_fewshot_seed(SEED)
+        results: dict[str, Any] = lm_eval.evaluate(TinyLlamaLM(model), loaded, limit=limit)
     return results
 
 
