@@ -249,7 +249,7 @@ def _check_empty(run: Path) -> None:
     if run.exists() and not run.is_dir():
         raise ConfigError(f"{run} is a file; --out names the folder of a run")
     there = {path.name for path in run.glob("[!.]*")} if run.is_dir() else set()
-    if there and not there & {"metrics.jsonl", "tensorboard"}:
+    if there and not there & {"metrics.jsonl", "tensorboard"}:  # what a run writes first
         raise ConfigError(
             f"{run} is no training run, and not empty (it has {min(there)}); choose another folder"
             " for --out"
