@@ -282,6 +282,7 @@ def test_check_finds_everything_and_repair_mends_it(tmp_path):
         "over_long": 1,
     }  # fmt: skip
     assert total.documents == 7
+    assert total.findings["invalid"].examples[0].endswith("'bad “bytes”'")
     assert "line 3" in total.findings["damaged"].examples[0]
     assert "“Yes" in total.findings["damaged"].examples[0]
 
@@ -307,8 +308,10 @@ STORY = "Era uma vez um gato que dormia no jardim de uma casa. Não havia ningu�
         ("一只猫很高兴。".encode("gb18030") * 9, True),  # a single line
         (random.Random(1).randbytes(3000), True),
         (("Жил-был кот.\n" * 9).encode("koi8-r") + b"English. " * 30, True),
+        ((STORY * 20).encode("cp1252"), True),  # rightly taken as that, but so would others be
+        (("Była raz kotka. " * 30).encode("iso-8859-2"), True),
         ("“Yes,” he said.\n".encode("cp1252") * 3, False),  # few
-        ((STORY * 20).encode("cp1252"), False),
+        ((STORY * 9).encode("cp1252") + (STORY * 10).encode(), False),
         (("从前有一只猫，它很高兴。\n" * 99).encode() + b"\xff\x93\n" * 11, False),
     ],
 )
@@ -321,12 +324,51 @@ def test_text_in_another_encoding_is_not_called_mended(tmp_path, data, foreign):
     finding = check(inputs).sources["text"].findings["foreign"]
     assert finding.count == foreign == len(finding.examples)
     if foreign:
-        with pytest.raises(FormatError, match=r"a\.txt: \d+% of its .* not UTF-8.*iconv -f"):
+        with pytest.raises(FormatError, match=r"a\.txt: in another .*--encoding: windows-1252"):
             check(inputs, repair=mended)
         assert not mended.exists()
     else:
         check(inputs, repair=mended)
         assert len(texts(mended)) == 2
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("iso-8859-2", "Była raz kotka, która lubiła źródła."),
+        ("windows-1252", "“Não há”, disse ele – e saiu."),
+        ("gb18030", "从前有一只猫，它很高兴。𠮷"),
+        ("shift_jis", "むかしむかし、表に猫がいました。"),
+        ("utf-16", "Była raz kotka. 从前𠮷"),
+        ("utf-16-le", "\ufeffrest"),  # whose mark of the byte order stays a character
+    ],
+)
+def test_text_in_a_named_encoding_becomes_utf8(tmp_path, encoding, text):
+    pytest.importorskip("ftfy")
+    stories = [f"{number}\n{text}" for number in range(9)]
+    joined = "\n<|endoftext|>\n".join(stories).replace("\n", "\r\n")
+    (tmp_path / "a.txt").write_bytes(joined.encode(encoding))
+    with gzip.open(tmp_path / "b.jsonl.gz", "wb") as file:
+        file.write(json.dumps({"text": text}, ensure_ascii=False).encode(encoding))
+    report = check(tmp_path, repair=tmp_path / "mended.txt", encoding=encoding).total
+    assert not any(finding.count for finding in report.findings.values())
+    assert texts(tmp_path / "mended.txt") == [*stories, text]
+    assert texts(tmp_path / "a.txt", encoding=encoding, progress="read") == stories
+
+
+def test_bytes_that_are_not_of_the_named_encoding(tmp_path):
+    pytest.importorskip("ftfy")
+    path = tmp_path / "a.txt"
+    path.write_bytes("one\n猫\n".encode("gb18030") + b"dam\xff aged\n" + "猫".encode("gb18030"))
+    findings = check(path, repair=tmp_path / "out.txt", encoding="gb18030").total.findings
+    assert findings["invalid"].examples == [f"{path}: line 3: 'dam\ufffd aged'"]
+    assert findings["lost"].count == 1 and findings["foreign"].count == 0
+    assert texts(tmp_path / "out.txt") == ["one\n猫\ndam\ufffd aged\n猫"]
+    with pytest.raises(FormatError, match=r"a\.txt: behind line \d: not gb18030: .* byte 0xff"):
+        texts(path, encoding="gb18030")
+    for unknown in ("utf-7000", "hex", ""):
+        with pytest.raises(ArgumentError, match=f"encoding is '{unknown}': .* iso-8859-2"):
+            check(path, encoding=unknown)
 
 
 def test_what_is_counted_is_the_mended_text(tmp_path):

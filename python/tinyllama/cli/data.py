@@ -7,7 +7,7 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
-from ..data.documents import SEPARATOR
+from ..data.documents import ENCODINGS, SEPARATOR
 from ..errors import ArgumentError
 from ..report import check_page_place
 
@@ -67,10 +67,17 @@ def _register_check(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "Of two documents that are alike, the first stays.\n\n" + INPUTS,
         epilog="examples:\n  tinyllama data check stories.txt --repair clean.txt\n"
         "  tinyllama data check held_out=valid.txt stories=train.txt --near 0.8 --repair clean\n"
+        "  tinyllama data check old.txt --encoding windows-1252 --repair clean.txt\n"
         "  tinyllama data check clean.txt --tokenizer tok.model --report text.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_input_arguments(parser)
+    parser.add_argument(
+        "--encoding",
+        metavar="E",
+        help=f"the encoding of the inputs, where it is not UTF-8: {ENCODINGS}, utf-16, …; the"
+        " repaired text is UTF-8",
+    )
     parser.add_argument(
         "--repair",
         metavar="OUT",
@@ -164,6 +171,7 @@ def run_check(args: argparse.Namespace) -> None:
         max_bytes=args.max_bytes,
         field=args.field,
         separator=args.separator,
+        encoding=args.encoding,
         progress=True,
     )
     _print_report(report, repaired=bool(args.repair))

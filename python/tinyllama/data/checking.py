@@ -17,7 +17,7 @@ from ..errors import ArgumentError, FormatError
 from ..files import PathLike, whole_file, whole_folder
 from ..formats.checkpoint import TokenType
 from ..formats.sentencepiece import open_processor, read_sentencepiece
-from .documents import SEPARATOR, Documents
+from .documents import ENCODINGS, SEPARATOR, Documents
 from .encoding import choose_encoding
 from .mending import cut, mend_encoding
 from .near import NearDuplicates
@@ -26,7 +26,7 @@ from .splits import text_key
 # What is looked for: its title in the report, and what a repair does about it.
 FINDINGS = {
     "damaged": ("damaged encoding", "mended"),
-    "invalid": ("lines with bytes that are not UTF-8", "bytes taken as Windows-1252"),
+    "invalid": ("lines with bytes that are not text", "taken as Windows-1252, of --encoding lost"),
     "foreign": ("files in another encoding than UTF-8", "refused"),
     "lost": ("with U+FFFD, a character lost before", "kept as they are"),
     "duplicates": ("duplicates of an earlier one", "dropped"),
@@ -150,16 +150,18 @@ def check(
     max_bytes: int = 100_000,
     field: str | None = None,
     separator: str = SEPARATOR,
+    encoding: str | None = None,
     progress: bool = False,
 ) -> Report:
     """Look through the documents of ``inputs`` (see ``Documents``) for damage; mend it on demand.
 
     Found are: UTF-8 that was read as another encoding and written again (``â€œ`` for ``“``), bytes
-    that are not UTF-8, files full of them, replacement characters, documents that repeat an
-    earlier one (white space aside), empty ones, and those longer than ``max_bytes`` of UTF-8. With
-    ``near``, 0.5 to 1, also documents whose runs of five words are to so large a part (Jaccard
-    index) those of an earlier one that is kept; the texts are written to a temporary file for it
-    (see ``NearDuplicates``). With ``tokenizer``, a ``.model`` file or a model, tokens are counted.
+    that are not UTF-8 (or not of ``encoding``, that of the inputs), files full of them,
+    replacement characters, documents that repeat an earlier one (white space aside), empty ones,
+    and those longer than ``max_bytes`` of UTF-8. With ``near``, 0.5 to 1, also documents whose runs
+    of five words are to so large a part (Jaccard index) those of an earlier one that is kept; the
+    texts are written to a temporary file for it (see ``NearDuplicates``). With ``tokenizer``, a
+    ``.model`` file or a model, tokens are counted.
 
     ``repair`` names a ``.txt`` file to write, or a new folder for a ``.txt`` file of each source:
     encoding mended, duplicates, near duplicates and empty documents left out, long ones cut at
@@ -168,7 +170,7 @@ def check(
 
     Raises ArgumentError when ``repair`` is one of the inputs, would hold nothing or lose the
     prompts of pairs, FormatError when an input's structure (JSON, CSV, Parquet, compression) is
-    damaged, and when a file to be repaired is in another encoding (``MAX_INVALID_SHARE``).
+    damaged, and when a file to be repaired is in another encoding (``MAX_STRAY_BYTES``).
     """
     if max_bytes < 100:
         raise ArgumentError(f"max_bytes is {max_bytes}, expected at least 100")
@@ -176,8 +178,9 @@ def check(
         inputs,
         field=field,
         separator=separator,
-        replace_invalid=lambda where, at: (
-            report.sources[documents.source].findings["invalid"].add(f"{where}: byte offset {at}")
+        encoding=encoding,
+        replace_invalid=lambda example: (
+            report.sources[documents.source].findings["invalid"].add(example)
         ),
         progress="check" if progress else "",
     )
@@ -215,11 +218,10 @@ def check(
 def _report_foreign(documents: Documents, report: Report) -> None:
     for source, items in documents.sources.items():
         for item in items:
-            if isinstance(item, Path) and (share := documents.foreign.get(item)):
+            if isinstance(item, Path) and (n_invalid := documents.foreign.get(item)):
                 report.sources[source].findings["foreign"].add(
-                    f"{item}: {share:.0%} of its bytes are not UTF-8: it is in another encoding;"
-                    f" convert it first (iconv -f gb18030 -t utf-8 {item.name} > new.txt, or"
-                    " from whatever encoding it is)"
+                    f"{item}: in another encoding than UTF-8, as {n_invalid:,} bytes show; name it"
+                    f" with --encoding: {ENCODINGS}, …"
                 )
 
 

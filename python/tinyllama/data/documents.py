@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from ..errors import FormatError, MissingExtraError
+from ..errors import ArgumentError, FormatError, MissingExtraError
 from ..files import PathLike
 from .hub import HubDataset
 from .sources import COMPRESSIONS, KINDS, find_sources, kind_of
@@ -21,9 +21,11 @@ from .sources import COMPRESSIONS, KINDS, find_sources, kind_of
 SEPARATOR = "<|endoftext|>"
 AUTO_FIELDS = ("story", "text", "content")
 PAIR_FIELDS = ("prompt", "completion")
-# A file of which more is not UTF-8 is no text with stray bytes, nor one of Western Europe's in
-# Windows-1252: 2 % of Portuguese novels are accents. Of Chinese and of noise it is half or more.
-MAX_INVALID_SHARE, MAX_INVALID_BYTES = 0.05, 20
+# A file is in another encoding, and not just strewn with bytes of one, when more than so many are
+# not UTF-8: so large a part of the file (some pairs of GB 18030 do pass for UTF-8), or more than
+# continue a character of UTF-8. Which encoding, they do not tell: each has letters for most bytes.
+MAX_STRAY_BYTES, MAX_STRAY_SHARE = 20, 0.05
+ENCODINGS = "windows-1252 (Western Europe), iso-8859-2 (Central Europe), gb18030 (Chinese)"
 
 
 class Pair(NamedTuple):
@@ -56,11 +58,13 @@ class Documents:
 
     Pairs keep their white space. With ``instruct`` each text becomes one: see ``split_instruct``.
 
-    ``replace_invalid``: bytes that are not UTF-8 are taken as Windows-1252, and the callable is
-    told (where, offset); without it they are a FormatError, like every damaged file, missing
-    field or value that is not text. ``progress`` is the title of a progress bar, "" for none. The
-    constructor raises OSError for missing files and data sets, ArgumentError for inputs that name
-    no readable file.
+    Text is UTF-8, but for files of other kinds than Parquet when ``encoding`` names another, one
+    that Python knows: then all of them are in it. ``replace_invalid``: bytes that are not UTF-8
+    are taken as Windows-1252, those that are not in ``encoding`` become U+FFFD, and the callable
+    is told where, with the text around them; without it they are a FormatError, like every damaged
+    file, missing field or value that is not text. ``progress`` is the title of a progress bar, ""
+    for none. The constructor raises OSError for missing files and data sets, ArgumentError for
+    inputs that name no readable file and an unknown ``encoding``.
     """
 
     def __init__(
@@ -70,7 +74,8 @@ class Documents:
         field: str | None = None,
         separator: str = SEPARATOR,
         instruct: bool = False,
-        replace_invalid: Callable[[str, int], None] | None = None,
+        encoding: str | None = None,
+        replace_invalid: Callable[[str], None] | None = None,
         progress: str = "",
     ) -> None:
         self.sources = find_sources(inputs)
@@ -78,16 +83,19 @@ class Documents:
         self.field = field
         self.separator = separator
         self.instruct = instruct
+        self.encoding = encoding
         self.replace_invalid = replace_invalid
         self.progress = progress
+        if encoding is not None:
+            _check_encoding(encoding)
         items = [item for items in self.sources.values() for item in items]
         #: the local files among the inputs
         self.paths = [item for item in items if isinstance(item, Path)]
         #: bytes on disk in all files, and how many of them have been read: for progress bars.
         #: Of a data set only the text counts, as it comes: with one, the size is not known.
         self.size = sum(p.stat().st_size for p in self.paths) if self.paths == items else None
-        #: files read that are in another encoding, and the share of their bytes that is not UTF-8
-        self.foreign: dict[Path, float] = {}
+        #: files read that are in another encoding than UTF-8, and how many bytes show that
+        self.foreign: dict[Path, int] = {}
         self.n_pairs = 0  #: those with a prompt among the documents read so far
         self._finished = 0
         self._raw: io.BufferedReader | None = None
@@ -170,7 +178,10 @@ class Documents:
         if kind == "parquet":  # read from its end, so a compressed one has to be in memory
             file = io.BytesIO(stream.read()) if compression else raw
             return _read_parquet(file, self.field, path)
-        lines = _lines(stream, path, self.replace_invalid, self.foreign)
+        if self.encoding is None:
+            lines = _lines(stream, path, self.replace_invalid, self.foreign)
+        else:
+            lines = _lines_in(self.encoding, stream, path, self.replace_invalid)
         if kind in ("text", None):
             return _read_text(lines, self.separator)
         if kind == "jsonl":
@@ -222,16 +233,19 @@ codecs.register_error("tinyllama-windows-1252", _take_as_windows_1252)
 def _lines(
     stream: BinaryIO,
     path: Path,
-    replace_invalid: Callable[[str, int], None] | None,
-    foreign: dict[Path, float],
+    replace_invalid: Callable[[str], None] | None,
+    foreign: dict[Path, int],
 ) -> Iterator[str]:
     """Lines of UTF-8 without a byte order mark, each with its ``\\n`` (``\\r\\n`` becomes one)."""
-    offset = n_invalid = 0
+    offset = n_invalid = n_continuing = 0
     for number, line in enumerate(stream, 1):
         start = offset
         offset += len(line)
         if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            raise FormatError(f"{path}: UTF-16, expected UTF-8: save it as that")
+            raise FormatError(
+                f"{path}: UTF-16, expected UTF-8: `tinyllama data check --encoding utf-16 --repair`"
+                " makes it that"
+            )
         if number == 1 and line.startswith(codecs.BOM_UTF8):
             line = line[len(codecs.BOM_UTF8) :]
             start += len(codecs.BOM_UTF8)
@@ -239,20 +253,57 @@ def _lines(
             line = line[:-2] + b"\n"
         try:
             text = line.decode()
+            n_continuing += len(line) - len(text)
         except UnicodeDecodeError as error:
             at = start + error.start
             if replace_invalid is None:
                 raise FormatError(
                     f"{path}: line {number}: not UTF-8: byte 0x{line[error.start]:02X}"
                     f" at offset {at} ({error.reason}); `tinyllama data check --repair` takes"
-                    " such bytes as Windows-1252; convert a file in another encoding first (iconv)"
+                    " stray bytes as Windows-1252, and reads other encodings with --encoding"
                 ) from None
-            replace_invalid(f"{path}: line {number}", at)
-            n_invalid += len(line) - len(line.decode(errors="ignore").encode())
             text = line.decode(errors="tinyllama-windows-1252")
+            sound = line.decode(errors="ignore")
+            n_sound = len(sound.encode())
+            n_continuing += n_sound - len(sound)
+            n_invalid += len(line) - n_sound
+            near = _around(text, len(line[: error.start].decode()))
+            replace_invalid(f"{path}: line {number}: byte offset {at}: {near}")
         yield text
-    if n_invalid > max(MAX_INVALID_BYTES, MAX_INVALID_SHARE * offset):
-        foreign[path] = n_invalid / offset
+    if n_invalid > max(MAX_STRAY_BYTES, min(n_continuing, MAX_STRAY_SHARE * offset)):
+        foreign[path] = n_invalid
+
+
+def _lines_in(
+    encoding: str, stream: BinaryIO, path: Path, replace_invalid: Callable[[str], None] | None
+) -> Iterator[str]:
+    """The same of text in another encoding, its byte order mark, if any, taken off."""
+    errors = "strict" if replace_invalid is None else "replace"
+    text, number = io.TextIOWrapper(stream, encoding, errors, newline="\n"), 0
+    try:
+        for number, line in enumerate(text, 1):
+            if replace_invalid and "\ufffd" in line:
+                near = _around(line, line.index("\ufffd"))
+                replace_invalid(f"{path}: line {number}: {near}")
+            yield line[:-2] + "\n" if line.endswith("\r\n") else line
+    except UnicodeError as error:  # its place is one in a piece of the file
+        raise FormatError(f"{path}: behind line {number}: not {encoding}: {error}") from None
+    finally:
+        text.detach()  # or it would close the stream, whose place is still asked for
+
+
+def _check_encoding(encoding: str) -> None:
+    try:
+        "".encode(encoding)
+    except LookupError as error:
+        raise ArgumentError(
+            f"encoding is {encoding!r}: {error}; expected one that Python knows, such as"
+            f" {ENCODINGS}"
+        ) from None
+
+
+def _around(text: str, at: int) -> str:
+    return repr(text[max(0, at - 15) : at + 15].strip())
 
 
 def _read_text(lines: Iterator[str], separator: str) -> Iterator[tuple[str, Pair]]:
