@@ -1,6 +1,7 @@
 """The adapter for lm-evaluation-harness: the numbers of its own model ``hf``, same weights."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,9 +184,26 @@ def test_what_the_harness_does_over_and_over_is_done_once(folder, task, monkeypa
     assert "from_string" not in vars(lm_eval.utils.env)
 
 
+@pytest.mark.parametrize(
+    "field, other, told",
+    [("[good", "[godo", "ValueError"), ("multiple_choice", "multiple_guess", "multiple_guess")],
+)
+def test_a_task_that_the_harness_cannot_load(folder, task, capsys, field, other, told):
+    file = Path(task) / "pets.yaml"
+    text = file.read_text()
+    assert field in text
+    file.write_text(text.replace(field, other))
+    assert main(["eval", folder, "--tasks", "pets", "--task-folder", task]) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "error: the harness cannot load pets: " in message and told in message
+
+
 def test_a_task_that_does_not_exist(folder, task, capsys):
     assert main(["eval", folder, "--tasks", "cats", "--task-folder", task]) == 2
     assert "no task is called 'cats'" in capsys.readouterr().err
+    (Path(task) / "cats.yaml").write_text("task: cats\n  metric: [\n")
+    assert main(["eval", folder, "--tasks", "cats", "--task-folder", task]) == 2
+    assert re.search("no task .*cats.yaml is not YAML: .* line 2", capsys.readouterr().err)
     assert main(["eval", folder, "--tasks", "pets", "--task-folder", task + "s"]) == 2
     assert "taskss: there is no such folder" in capsys.readouterr().err
     assert main(["eval", folder, "--tasks", "pets", "--report", "model.gguf"]) == 2

@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from ..sampling import SamplingParams
 
 try:
     import lm_eval
+    import yaml
     from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
@@ -189,21 +191,31 @@ def evaluate(
 
     ``results`` has the metrics by task, ``samples`` every request with its answer, and ``versions``
     the tasks' own. ``num_fewshot`` examples stand before each question (None: as the task says);
-    ``limit`` takes the first so many questions. Raises ArgumentError for a task that is not known.
+    ``limit`` takes the first so many questions. Raises ArgumentError for a task that is not known
+    or that the harness cannot load.
     """
     tasks = list(tasks)
     manager = _task_manager(tasks, folder)
     for task in tasks:
         if task not in manager.all_tasks:
+            damaged = _damaged(folder) if folder is not None else None
             raise ArgumentError(
                 f"no task is called {task!r}; `lm-eval ls tasks` lists those of the harness, and"
-                " --task-folder names a folder with others"
+                f" --task-folder names a folder with others{f'; {damaged}' if damaged else ''}"
             )
     # As lm_eval.simple_evaluate does it, which loads torch for a seed, and to tell its version.
     random.seed(RANDOM_SEED)
     np.random.seed(SEED)  # noqa: NPY002  # what tasks may draw from
     with _templates_compiled_once():
-        loaded = manager.load(tasks)
+        try:
+            loaded = manager.load(tasks)
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # the harness raises all kinds for what a YAML file may say
+            raise ArgumentError(
+                f"the harness cannot load {', '.join(tasks)}: {error} ({type(error).__name__});"
+                " do the YAML file's fields and the columns they name fit the data?"
+            ) from error
         for task in loaded["tasks"].values():
             own = task.get_config("num_fewshot")
             if own != 0:
@@ -220,6 +232,16 @@ def _task_manager(tasks: list[str], folder: str | None) -> TaskManager:
         if set(tasks) <= set(alone.all_subtasks):  # a group's members may be the harness's
             return alone
     return TaskManager(include_path=folder)
+
+
+def _damaged(folder: str) -> str | None:
+    """Where a task's file is not YAML: the harness passes over it without a word."""
+    for file in sorted(Path(folder).rglob("*.yaml")):
+        try:
+            yaml.compose(file.read_bytes(), yaml.SafeLoader)
+        except yaml.YAMLError as error:
+            return " ".join(f"{file} is not YAML: {error}".split())
+    return None
 
 
 @contextmanager
