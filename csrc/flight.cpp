@@ -272,7 +272,6 @@ std::int64_t Scheduler::take(const std::shared_ptr<Request>& request, std::int64
     Session& session = *request->session_;
     const std::size_t n_rows = rows_.size();
     try {
-        parts_.reserve(parts_.size() + 1);
         const SessionLock lock(session);
         session.leave_pass();  // of another scheduler
         session.add_rows(static_cast<std::size_t>(n), &rows_);
@@ -314,7 +313,6 @@ void Scheduler::advance() {
         std::vector<SessionLock>& locks;
         ~Unlock() { locks.clear(); }
     } const unlock{locks_};
-    locks_.reserve(parts_.size());
     for (const Part& part : parts_) {
         if (takes_part(part)) locks_.emplace_back(*part.request->session_);
     }

@@ -5,6 +5,15 @@
 
 namespace tinyllama {
 
+namespace {
+
+template <typename T>
+void make_room(std::vector<T>* list, std::size_t n) {
+    if (list->capacity() < n) list->reserve(std::max(n, 2 * list->capacity()));
+}
+
+}  // namespace
+
 Scheduler::Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live, bool alone)
     : model_(std::move(model)),
       max_live_(max_live),
@@ -12,6 +21,11 @@ Scheduler::Scheduler(std::shared_ptr<const Model> model, std::int64_t max_live, 
       pass_(std::make_unique<Pass>(*model_)) {
     // Sixteen tokens of each in one step: no step in a frame makes more.
     events_.reserve(static_cast<std::size_t>(16 * std::min<std::int64_t>(max_live_, 4096)));
+    // A flight has no more rows, so no more parts: it takes no memory for them, however late the
+    // first is that has time for so many.
+    rows_.reserve(max_rows);
+    parts_.reserve(max_rows);
+    locks_.reserve(max_rows);
 }
 
 Scheduler::~Scheduler() {
@@ -64,8 +78,11 @@ void Scheduler::submit(std::shared_ptr<Request> request) {
             throw Error(Status::invalid_argument,
                         "the session is in this scheduler already, with a request that goes on");
     }
-    known_.reserve(known_.size() + 1);
-    live_.reserve(live_.size() + 1);
+    make_room(&known_, known_.size() + 1);
+    make_room(&live_, live_.size() + 1);
+    make_room(&order_, live_.size() + 1);
+    make_room(&drawing_, live_.size() + 1);
+    make_room(&draws_, live_.size() + 1);
     request->begin();
     known_.erase(std::remove_if(known_.begin(), known_.end(),
                                 [&](const auto& weak) {
