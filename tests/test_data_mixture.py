@@ -47,10 +47,32 @@ def times(split, weights, seed=3):
 def test_documents_are_there_as_often_as_the_weight_says(split):
     counts = times(split, {"a": 2.5, "b": 0.4, "c": 3})
     assert sorted(counts["a"]) == [2] * 5 + [3] * 5
-    assert sorted(counts["b"]) == [0] * 4 + [1] * 3
+    length, _ = np.split(split.length[10:], [7])
+    seen, rest = length[counts["b"] == 1], length[counts["b"] == 0]
+    assert abs(seen.sum() - 0.4 * length.sum()) <= max(rest.min(), seen.max()) / 2
     assert list(counts["c"]) == [3] * 25
     counts = times(split, {"b": 0})
     assert [counts[name].tolist() for name in SIZES] == [[1] * 10, [0] * 7, [1] * 25]
+
+
+def test_a_part_that_the_documents_are_too_few_for_is_refused(split):
+    split.sources = {"one": 1, "rest": len(split) - 1}
+    for weight, seen in ((0.5, "0"), (1.5, "1"), (0.1, "0")):
+        with pytest.raises(ConfigError, match=rf"one is {weight}: .* nearer to that than {seen} "):
+            mixture(split, {"one": weight}, 3)
+    assert np.bincount(mixture(split, {"one": 9.1}, 3))[0] == 9
+
+
+def test_a_part_is_of_the_tokens_not_of_the_documents(split):
+    split.length[3] = 2 * (split.length[:10].sum() - split.length[3])
+    parts = []
+    for seed in range(20):
+        try:
+            counts = times(split, {"a": 0.66}, seed)["a"]
+        except ConfigError:
+            continue  # the long one comes late among those that are chosen from
+        parts.append((counts * split.length[:10]).sum() / split.length[:10].sum())
+    assert len(parts) > 5 and max(abs(np.array(parts) - 0.66)) <= 0.66 / 4
 
 
 def test_the_seed_chooses_and_a_larger_weight_keeps_the_choice(split):

@@ -189,6 +189,21 @@ def test_eval_on_what_a_folder_of_tokens_holds_out(model_file, tmp_path, capsys)
     assert figures[0] == figures[1] and figures[0]["documents"] == 5
 
 
+def test_eval_says_where_tokens_do_not_keep_the_text(model_file, tmp_path, capsys):
+    pytest.importorskip("sentencepiece")
+    (tmp_path / "train.txt").write_text(TEXT)
+    (tmp_path / "valid.txt").write_text(f"{TEXT} and 猫", encoding="utf-8")
+    for fallback in (True, False):
+        own = tmp_path / f"{fallback}.model"
+        size = 300 if fallback else 40
+        tinyllama.tokenizer.train(tmp_path / "train.txt", own, size, byte_fallback=fallback)
+        tokens = tmp_path / str(fallback)
+        prepare(tmp_path / "train.txt", own, tokens, valid=tmp_path / "valid.txt")
+        assert main(["eval", model_file, "--text", str(tokens), "--threads", "1"]) == 0
+        said = capsys.readouterr().err
+        assert ("does not keep all of a text" in said) == (not fallback)
+
+
 def test_eval_of_an_empty_file_is_refused(model_file, tmp_path, capsys):
     (tmp_path / "empty.txt").write_text("\n")
     assert main(["eval", model_file, "--text", str(tmp_path / "empty.txt")]) == 2

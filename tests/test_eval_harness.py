@@ -203,7 +203,7 @@ def test_a_task_that_does_not_exist(folder, task, capsys):
     assert "no task is called 'cats'" in capsys.readouterr().err
     (Path(task) / "cats.yaml").write_text("task: cats\n  metric: [\n")
     assert main(["eval", folder, "--tasks", "cats", "--task-folder", task]) == 2
-    assert re.search("no task .*cats.yaml is not YAML: .* line 2", capsys.readouterr().err)
+    assert re.search("cats.yaml: not YAML: .* line 2", capsys.readouterr().err)
     assert main(["eval", folder, "--tasks", "pets", "--task-folder", task + "s"]) == 2
     assert "taskss: there is no such folder" in capsys.readouterr().err
     assert main(["eval", folder, "--tasks", "pets", "--report", "model.gguf"]) == 2

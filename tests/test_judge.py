@@ -317,6 +317,29 @@ def test_an_address_without_its_protocol_is_named(tmp_path):
         judge.ask([], judge.Answers(tmp_path / "judge.jsonl"), "localhost:1/v1", {})
 
 
+def test_two_clients_do_not_ask_the_same(tmp_path):
+    path, held, stop = tmp_path / "a.jsonl", threading.Event(), threading.Event()
+    late = judge.Answers(path)  # before the other had answers
+
+    def reply(n, _):
+        if n == 3:
+            held.set()
+            stop.wait(30)
+        return MARKS
+
+    with endpoint(reply) as (url, requests):
+        command = [sys.executable, "-c", CLIENT, str(path), url]
+        paths = os.pathsep.join([os.path.dirname(__file__), *sys.path])
+        client = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": paths})
+        assert held.wait(60)
+        with pytest.raises(BlockingIOError, match=f"{path}: another process is at work"):
+            run(questions(4, 2), judge.Answers(path), url)
+        stop.set()
+        assert client.wait(60) == 0 and len(requests) == 8
+        assert run(questions(4, 2), late, url).n_graded == 8
+    assert len(requests) == 8
+
+
 def test_a_client_killed_in_the_middle_goes_on(tmp_path):
     path, held = tmp_path / "a.jsonl", threading.Event()
 

@@ -213,12 +213,34 @@ def test_an_epoch_has_each_completion_token_once_behind_what_came_before(
 
 
 def test_pack_fills_groups_and_never_beyond() -> None:
-    assert sorted(map(sorted, pack(np.array([5, 3, 6, 4, 2]), 10))) == [[0, 1, 4], [2, 3]]
+    none = np.zeros(500, bool)
+    assert sorted(map(sorted, pack(np.array([5, 3, 6, 4, 2]), 10, none[:5]))) == [[0, 1, 4], [2, 3]]
     lengths = np.random.default_rng(0).integers(1, 100, 500)
-    groups = pack(lengths, 100)
+    groups = pack(lengths, 100, none)
     assert sorted(i for group in groups for i in group) == list(range(500))
     assert max(lengths[group].sum() for group in groups) <= 100
     assert len(groups) <= math.ceil(lengths.sum() / 100) * 1.05
+    first = np.random.default_rng(1).random(500) < 0.2
+    groups = pack(lengths, 100, first)
+    assert sorted(i for group in groups for i in group) == list(range(500))
+    assert max(lengths[group].sum() for group in groups) <= 100
+    assert all(not first[i] for group in groups for i in group[1:])
+    assert len(groups) <= math.ceil(lengths.sum() / 100) * 1.05
+
+
+def test_the_end_of_a_long_document_sees_no_other_before_it(tmp_path: Path) -> None:
+    """It has no begin token that would keep it apart."""
+    lengths = [(3, 20), (5, 19), (2, 7), (1, 6), (2, 5), (9, 40), (1, 4), (2, 6)]
+    split = TokenFolder(pair_folder(tmp_path, lengths)).split("train")
+    windows = PairWindows(split, 16, seed=3)
+    tokens, _ = windows.batch(0, windows.windows_per_epoch)
+    shared = 0
+    for n, row in enumerate(tokens):
+        pieces = windows._pieces[windows._window(n)]
+        assert (pieces[1:, 1] == 0).all()
+        shared += len(pieces) > 1 and pieces[0, 1] > 0
+        assert row[0] == split.document(*pieces[0, :2], pieces[0, 1] + 1)[0]
+    assert shared
 
 
 # --- learning and scoring -----------------------------------------------------------------------

@@ -6,6 +6,9 @@ A few kills by default; three hundred with TINYLLAMA_FULL_TESTS=1.
 from __future__ import annotations
 
 import dataclasses
+import errno
+import json
+import math
 import os
 import random
 import resource
@@ -16,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,8 +32,13 @@ import safetensors.torch  # noqa: E402
 import tqdm  # noqa: E402
 
 from tiny_training import RECIPE, learned, same, weights  # noqa: E402
+from tinyllama.formats import hf  # noqa: E402
+from tinyllama.train import checkpoint as checkpoints  # noqa: E402
+from tinyllama.train import trainer as training  # noqa: E402
 from tinyllama.train.checkpoint import check_files, find_checkpoint, load_state  # noqa: E402
+from tinyllama.train.metrics import read_records  # noqa: E402
 from tinyllama.train.trainer import Trainer  # noqa: E402
+from tinyllama.train.validate import Validation  # noqa: E402
 
 FULL = bool(os.environ.get("TINYLLAMA_FULL_TESTS"))
 N_KILLS = 300 if FULL else 10
@@ -118,7 +127,9 @@ def test_killed_at_every_file_operation_of_a_save(
     trainer = Trainer(RECIPE, tokens, before)
     for _ in range(saved):
         trainer.step()
+        trainer.evaluate()
         trainer.save()
+    _, best = checkpoints.best_checkpoint(before) or (None, None)
     status, n = None, 0
     while status is None:
         n += 1
@@ -128,6 +139,7 @@ def test_killed_at_every_file_operation_of_a_save(
         def save_the_next(run: Path = run, n: int = n) -> None:
             trainer = Trainer(RECIPE, tokens, run)
             trainer.step()
+            trainer.evaluate()
             die_at_file_operation(n, run)
             trainer.save()
 
@@ -144,6 +156,10 @@ def test_killed_at_every_file_operation_of_a_save(
             continue
         resumed = Trainer(RECIPE, tokens, run)
         assert resumed.state.step in (saved, saved + 1)
+        if resumed.state.step:
+            pointed = find_checkpoint(run, "BEST").name
+            assert resumed.state.step > saved or pointed == best.name
+            assert load_state(run / pointed).bits_per_byte == resumed.state.best_bits_per_byte
         resumed.train()
         assert same(weights(resumed), weights(straight))
         left = {path.name for path in run.iterdir() if path.name.startswith(".")} - {".lock"}
@@ -232,3 +248,115 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(
         Trainer(RECIPE, tokens, tmp_path)
     (tmp_path / "LATEST").write_text("step-00000001\n")
     assert Trainer(RECIPE, tokens, tmp_path).state.step == 1
+
+
+# --- the best is whichever is there -------------------------------------------------------------
+
+
+class Judged:
+    """A trainer whose validations give the scores that are asked for, by step."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, scores: dict[int, float]) -> None:
+        self.trainer: Trainer | None = None
+
+        def validate(*_: object) -> Validation:
+            assert self.trainer is not None
+            return Validation(1.0, None, scores[self.trainer.state.step], 1)
+
+        monkeypatch.setattr(training, "validate", validate)
+
+    def train(self, tokens: Path, run: Path, **settings: object) -> Trainer:
+        recipe = dataclasses.replace(RECIPE, every_eval=2, every_save=2, **settings)
+        self.trainer = Trainer(recipe, tokens, run)
+        self.trainer.train()
+        return self.trainer
+
+
+def test_a_best_that_could_not_be_saved_is_none(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_hf = hf.save_hf
+
+    def failing(checkpoint: Any, folder: Path) -> None:
+        if checkpoint.source == "step 4":
+            raise OSError(errno.ENOSPC, "no space left")
+        save_hf(checkpoint, folder)
+
+    monkeypatch.setattr(hf, "save_hf", failing)
+    judged = Judged(monkeypatch, {2: 2.0, 4: 1.0, 6: 1.01, 8: 1.02})
+    trainer = judged.train(tokens, tmp_path, steps=8)
+    assert find_checkpoint(tmp_path, "BEST").name == "step-00000006"
+    assert trainer.state.best_bits_per_byte == 1.01
+
+
+@pytest.mark.parametrize(("killed", "best"), [(4, 4), (8, 8)])
+def test_a_best_that_was_saved_is_the_best_wherever_the_process_was_killed(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed: int, best: int
+) -> None:
+    """Between LATEST and BEST, that is; at the last step, too, after which nothing is saved."""
+    scores = {2: 2.0, 4: 1.5, 6: 1.6, 8: 1.7}
+    scores[killed] = 1.0
+    judged = Judged(monkeypatch, scores)
+
+    def until_killed() -> None:
+        point = checkpoints._point
+
+        def die_between(pointer: Path, name: str) -> None:
+            if pointer.name == "BEST" and name == f"step-{killed:08d}":
+                os.kill(os.getpid(), signal.SIGKILL)
+            point(pointer, name)
+
+        checkpoints._point = die_between  # type: ignore[assignment]
+        judged.train(tokens, tmp_path, steps=8, keep_checkpoints=1)
+
+    assert in_a_child(until_killed) is None
+    assert find_checkpoint(tmp_path).name == f"step-{killed:08d}"
+    assert find_checkpoint(tmp_path, "BEST").name != f"step-{killed:08d}"
+    judged.train(tokens, tmp_path, steps=8, keep_checkpoints=1)
+    assert find_checkpoint(tmp_path).name == "step-00000008"
+    assert find_checkpoint(tmp_path, "BEST").name == f"step-{best:08d}"
+
+
+def test_a_damaged_checkpoint_is_not_the_best(tmp_path: Path) -> None:
+    for step, score in ((1, 2.0), (2, 1.0), (3, 1.0), (4, math.nan), (5, None)):
+        folder = tmp_path / f"step-{step:08d}"
+        folder.mkdir()
+        values = {"format": "tinyllama-trainer", "version": 1, "files": {}, "bits_per_byte": score}
+        (folder / "trainer.json").write_text(json.dumps(values))
+    assert checkpoints.best_checkpoint(tmp_path) is None
+    (tmp_path / "LATEST").write_text("step-00000005\n")
+    best = checkpoints.best_checkpoint(tmp_path)
+    assert best == (1.0, tmp_path / "step-00000002")
+    (tmp_path / "step-00000002" / "trainer.json").write_text("{")
+    checkpoints.point_to_best(tmp_path)
+    assert (tmp_path / "BEST").read_text() == "step-00000003\n"
+
+
+def test_what_cannot_be_recorded_is_recorded_later_and_ends_no_training(
+    tokens: Path, tmp_path: Path, straight: Trainer
+) -> None:
+    """Short writes to metrics.jsonl, before there is any checkpoint."""
+
+    def train() -> None:
+        trainer, said = Trainer(RECIPE, tokens, tmp_path), list[str]()
+        trainer._say = lambda line: said.append(line.partition(":")[0])  # type: ignore[method-assign]
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        step = trainer.step
+
+        def limited() -> float:
+            if trainer.state.step == 0:  # the file ends within the first record of a step
+                size = (tmp_path / "metrics.jsonl").stat().st_size
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, hard))
+            if trainer.state.step == RECIPE.steps - 1:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            return step()
+
+        trainer.step = limited  # type: ignore[method-assign]
+        trainer.train()
+
+        said = [line for line in said if "recorded" in line]
+        assert said == ["step 3 could not be recorded, which is tried again"]
+
+    assert in_a_child(train) == 0
+    assert learned(read_records(tmp_path)) == learned(straight.metrics.records)

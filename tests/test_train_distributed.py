@@ -95,6 +95,42 @@ def test_several_processes_learn_what_one_does(
     assert "FutureWarning" not in said
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_gradients_are_put_together_once_a_step(
+    parallel: str, tokens: Path, tmp_path: Path
+) -> None:
+    """After all but the last pass of a step each rank has kept its own."""
+    recipe = dataclasses.replace(
+        RECIPE, steps=1, batch_size=1, grad_accum=4, every_eval=0, parallel=parallel
+    )
+    said = script(
+        2,
+        recipe,
+        tokens,
+        tmp_path / "run",
+        "import contextlib, torch",
+        "gradients, one_step, seen = trainer.ranks.gradients, trainer.step, []",
+        "@contextlib.contextmanager",
+        "def watched(network, complete):",
+        "    with gradients(network, complete):",
+        "        yield",
+        "    mine = trainer.model.final_norm.grad",
+        "    together = hasattr(mine, 'full_tensor')",  # of FSDP there is none until then
+        "    if isinstance(mine, torch.Tensor) and not together:",
+        "        parts = [torch.zeros_like(mine) for _ in range(2)]",
+        "        torch.distributed.all_gather(parts, mine)",
+        "        together = torch.equal(*parts)",
+        "    seen.append((complete, together))",
+        "def step():",
+        "    nats = one_step()",
+        "    print(trainer.ranks.rank, seen)",
+        "    return nats",
+        "trainer.ranks.gradients, trainer.step = watched, step",
+    )
+    for rank in (0, 1):
+        assert f"{rank} [(False, False), (True, True)]" in said
+
+
 def test_a_checkpoint_of_four_goes_on_in_two_and_in_one(
     tokens: Path, tmp_path: Path, alone: dict[str, Trainer]
 ) -> None:

@@ -122,6 +122,25 @@ def test_what_a_crash_undid_is_forgotten_and_recorded_anew(tokens: Path, tmp_pat
     assert learned(read_records(tmp_path / "run")) == learned(straight.metrics.records)
 
 
+def test_a_validation_takes_no_more_room_than_it_is_given(tokens: Path) -> None:
+    split, model = TokenFolder(tokens).split("valid"), Llama(CONFIG)
+    taken: list[int] = []
+
+    def forward(batch: torch.Tensor) -> torch.Tensor:
+        taken.append(batch.numel())
+        return model(batch)
+
+    score = validate(model, split, forward)
+    assert max(taken) > 100
+    taken.clear()
+    in_parts = validate(model, split, forward, room=100)
+    assert 50 < max(taken) <= 100
+    assert in_parts.nats_per_token == pytest.approx(score.nats_per_token, rel=1e-5)
+    taken.clear()
+    validate(model, split, forward, room=1)  # a window at a time is the least
+    assert max(taken) <= CONFIG.max_seq_len and len(taken) >= len(split)
+
+
 def test_the_standard_error_is_that_of_resampled_documents(tokens: Path) -> None:
     """The bootstrap over documents is the reference: it knows no formula."""
     torch.manual_seed(0)

@@ -24,11 +24,14 @@ pytest.importorskip("tqdm")
 
 
 from tiny_training import CONFIG, RECIPE, as_toml  # noqa: E402
+from tinyllama import load  # noqa: E402
 from tinyllama.cli import main  # noqa: E402
 from tinyllama.errors import ArgumentError, FormatError  # noqa: E402
+from tinyllama.train.card import model_card  # noqa: E402
 from tinyllama.train.compare import Comparison  # noqa: E402
 from tinyllama.train.metrics import read_records, series  # noqa: E402
 from tinyllama.train.page import energy_text, mass_text, run_page, smoothed  # noqa: E402
+from tinyllama.train.record import Statement, read_run  # noqa: E402
 from tinyllama.train.trainer import Trainer  # noqa: E402
 
 RECIPE = dataclasses.replace(RECIPE, steps=12, every_eval=4, every_save=5, every_sample=6)
@@ -86,22 +89,51 @@ def test_energy_is_read_where_the_run_is_judged_and_goes_on(tokens: Path, tmp_pa
     used = series(first.metrics.records, "step", "kwh", "kg_co2eq")
     np.testing.assert_array_equal(used, [[4, 5], [1, 2], [0.25, 0.5]])
     with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "tokens": 384, "seconds": 1.0, "kwh": 70.0, "kg_co2eq": 7.0}\n')
+        file.write('{"step": 6, "tokens": 384, "seconds": 1.0, "kwh": 2.5, "kg_co2eq": 0.5}\n')
     Trainer(recipe, tokens, tmp_path).train()
     records = read_records(tmp_path)
     used = series(records, "step", "kwh", "kg_co2eq")
-    np.testing.assert_array_equal(used[:2], [[4, 5, 8, 12, 12], [1, 2, 3, 4, 5]])
-    np.testing.assert_array_equal(used[2], used[1] / 4)
+    np.testing.assert_array_equal(used[:2], [[4, 5, 8, 12, 12], [1, 2, 3.5, 4.5, 5.5]])
+    np.testing.assert_array_equal(used[2], [0.25, 0.5, 0.75, 1, 1.25])
     cells = table_rows(tmp_path / "report.html")
     rows = [row for row in cells if row[0] in ("4", "8", "12") and len(row) == 9]
     assert [row[-2:] for row in rows] == [
         ["1 kWh", "250 g"],
-        ["3 kWh", "750 g"],
-        ["5 kWh", "1.25 kg"],
+        ["3.5 kWh", "750 g"],
+        ["5.5 kWh", "1.25 kg"],
     ]
     page = html.unescape((tmp_path / "report.html").read_text())
     assert "estimates, of the whole machine, by nobody; <constant>" in page
-    assert "energy (estimated)" in page
+    assert "energy (estimated)" in page and "In all 5.5 kWh and 1.25 kg" in page
+
+
+@pytest.mark.usefixtures("fake_meter")
+@pytest.mark.parametrize("metered_first", [True, False])
+def test_energy_of_a_part_is_not_told_as_that_of_the_whole(
+    tokens: Path, tmp_path: Path, metered_first: bool
+) -> None:
+    recipe = dataclasses.replace(RECIPE, every_save=0)
+    with_meter = dataclasses.replace(recipe, energy="BRA")
+    first, second = (with_meter, recipe) if metered_first else (recipe, with_meter)
+    part = Trainer(first, tokens, tmp_path)
+    one_step = part.step
+
+    def step_then_stop() -> float:
+        if part.state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return one_step()
+
+    part.step = step_then_stop  # type: ignore[method-assign]
+    part.train()
+    folder = Trainer(second, tokens, tmp_path).train()
+    kwh, steps = (2, 5) if metered_first else (3, 7)
+    page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert f"Of {steps} of the 12 steps, metered, {kwh} kWh" in page and "In all" not in page
+    run = read_run(folder)
+    assert run is not None and run.metered_steps == steps
+    card = model_card(load(folder), run, Statement(samples=0), "m", "f32")
+    assert f"Estimated: {kwh} kWh, " in card and f" for {steps} of the 12 steps" in card
+    assert "co2_eq_emissions" not in card
 
 
 def table_rows(page: Path) -> list[list[str]]:
@@ -230,6 +262,26 @@ def test_runs_compared_by_hand(tmp_path: Path, capsys: Any) -> None:
         assert re.search(r"\s{2,}".join(map(re.escape, row)), said)
     assert page.read_text().count("<svg") == 4 and "different text" not in said
     assert "Their recipes are the same." in said
+
+
+def test_what_a_fine_tuning_began_with_is_not_its_best(tmp_path: Path) -> None:
+    runs = []
+    for name, after in (("worse", 3.0), ("better", 1.5)):
+        runs.append(write_run(tmp_path / name, [(100, 10.0, 2.0), (200, 20.0, after)]))
+        metrics = tmp_path / name / "metrics.jsonl"
+        records = read_records(tmp_path / name)
+        records[0] |= {"n_documents": 1, "n_tokens": 9, "device": "cpu"}
+        for record in records[1:3]:
+            record |= {"step": 0, "tokens": 0, "seconds": 0.0}
+        metrics.write_text("\n".join(map(json.dumps, records)))
+    found = Comparison(runs)
+    assert found.goal == 3.0
+    assert [(s.best, s.tokens, s.before) for s in found.standings] == [
+        (3.0, 200.0, True),
+        (1.5, 200.0, True),
+    ]
+    run_page(Path(runs[0])).write(tmp_path / "page.html")
+    assert "the best" not in (tmp_path / "page.html").read_text(encoding="utf-8")
 
 
 def test_runs_compared_say_what_their_recipes_differ_in(tmp_path: Path, capsys: Any) -> None:

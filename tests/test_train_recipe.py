@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 
 from tinyllama.cli import main
 from tinyllama.errors import ConfigError
+from tinyllama.train import sizing
+from tinyllama.train.batches import TokenFolder
 from tinyllama.train.checkpoint import find_checkpoint, load_state
 from tinyllama.train.metrics import read_records, series
 from tinyllama.train.model import Llama
@@ -144,6 +148,27 @@ def test_a_size_of_few_steps_reaches_its_rate(tokens: Path, tmp_path: Path) -> N
     rates = series(read_records(tmp_path / "run"), "learning_rate")[0]
     assert rates[-1] == pytest.approx(0.1 / 0.9 * sized_recipe(10**5, 300, 10**5).learning_rate)
     assert load_state(find_checkpoint(tmp_path / "run")).recipe["warmup_steps"] == 1
+
+
+def test_a_size_is_for_the_text_that_the_weights_leave(
+    tokens: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads((tokens / "manifest.json").read_text())
+    n = sum(shard["documents"] for shard in manifest["splits"]["train"]["shards"])
+    manifest["splits"]["train"]["sources"] = [
+        {"name": "a", "documents": 30, "tokens": 1},
+        {"name": "b", "documents": n - 30, "tokens": 1},
+    ]
+    shutil.copytree(tokens, tmp_path / "tokens")
+    (tmp_path / "tokens" / "manifest.json").write_text(json.dumps(manifest))
+    lengths = TokenFolder(tmp_path / "tokens").split("train").length
+    seen = []
+    sized = sizing.sized_recipe
+    monkeypatch.setattr(sizing, "sized_recipe", lambda *args: seen.append(args[2]) or sized(*args))
+    few = "--set steps=1 --set every_eval=0 --set compile=no --set weights.b=0"
+    command = f"train --size 100K {few} --data {tmp_path / 'tokens'} --out {tmp_path / 'run'}"
+    assert main(command.split()) == 0
+    assert seen[-1] == lengths[:30].sum() < lengths.sum()
 
 
 def test_the_help_names_the_presets(capsys: pytest.CaptureFixture[str]) -> None:

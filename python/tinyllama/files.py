@@ -95,15 +95,26 @@ def lock_folder(folder: Path) -> BinaryIO:
     """
     file = open(folder / ".lock", "wb")  # noqa: SIM115  # the caller closes it
     try:
+        lock(file, folder)
+    except BlockingIOError:
+        file.close()
+        raise
+    return file
+
+
+def lock(file: BinaryIO, name: PathLike) -> None:
+    """Lock an open file, as :func:`lock_folder` does, until it is closed.
+
+    So it is, too, when this process closes the same file elsewhere.
+    """
+    try:
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.close()
-        raise BlockingIOError(f"{folder}: another process is at work there") from None
+        raise BlockingIOError(f"{name}: another process is at work there") from None
     except (ImportError, OSError):  # Windows, and file systems without locks
         pass
-    return file
 
 
 def _sync_folder(folder: Path) -> None:

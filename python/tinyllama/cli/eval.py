@@ -23,7 +23,8 @@ and bits per byte, which compare models with different tokenizers.
 
 --stories lets it continue beginnings of stories and measures what it tells: how often it ends, how
 much it repeats, how varied it is, what it copies from --train-text, and which of two continuations
-it finds likelier in small questions. With --judge another model grades the stories.
+it finds likelier in small questions. With --judge another model grades the stories. The beginnings
+that ship and the questions are English; of another language, take --prompts or --cut.
 
 --tasks runs tasks of lm-evaluation-harness on the native engine.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 def measure_text(model: Model, args: argparse.Namespace) -> dict[str, Any]:
     """Bits per byte of ``--text``; of pairs of prompt and completion, of the completions."""
     from ..evaluate.perplexity import of_documents
+    from ..train.batches import Texts
 
     documents = text_documents(args)
     seen = {"documents": 0, "pairs": 0, "bytes": 0}
@@ -33,6 +35,13 @@ def measure_text(model: Model, args: argparse.Namespace) -> dict[str, Any]:
         score = of_documents(model, pairs)
     except ArgumentError as error:
         raise ArgumentError(f"{args.text}: {error}") from None
+    if isinstance(documents, Texts) and documents.position != documents.size:
+        print(
+            f"tinyllama: {args.text}: of the {documents.size:,} bytes held out the tokens tell"
+            f" {documents.position:,}: its tokenizer does not keep all of a text; name the file it"
+            " is from to score it as it is",
+            file=sys.stderr,
+        )
     return {
         "file": args.text,
         "nats_per_token": score.nats_per_token,

@@ -6,9 +6,13 @@ import argparse
 import shlex
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..errors import ArgumentError
 from ..report import check_page_place
+
+if TYPE_CHECKING:
+    from ..train.recipe import Recipe
 
 EPILOG = """\
 A recipe is a preset, a TOML file, chosen for a --size, or for going on --from a trained model;
@@ -169,13 +173,20 @@ def train(args: argparse.Namespace) -> int:
         values = tuned_recipe(read_start(args.start).config, args.start).to_dict()
         recipe = recipe_from_dict(values, source, settings)
     elif args.size:
-        from ..train.batches import TokenFolder
+        from ..train.batches import TokenFolder, mixture
         from ..train.sizing import parse_size, sized_recipe
 
-        folder = TokenFolder(args.data)
-        n_tokens = folder.split("train").n_tokens
-        values = sized_recipe(parse_size(args.size), folder.vocab_size, n_tokens).to_dict()
-        recipe = recipe_from_dict(values, source, settings)
+        folder, size = TokenFolder(args.data), parse_size(args.size)
+        split = folder.split("train")
+
+        def sized(n_tokens: int) -> Recipe:
+            values = sized_recipe(size, folder.vocab_size, n_tokens).to_dict()
+            return recipe_from_dict(values, source, settings)
+
+        recipe = sized(split.n_tokens)
+        if recipe.weights:
+            documents = mixture(split, recipe.weights, recipe.seed)
+            recipe = sized(int(split.length[documents].sum()))
     else:
         from ..train.checkpoint import find_checkpoint, load_state
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from .. import _core
-from ..errors import ArgumentError, MissingExtraError
+from ..errors import ArgumentError, FormatError, MissingExtraError
 from ..loading import load
 from ..model import Model
 from ..sampling import SamplingParams
@@ -192,16 +192,15 @@ def evaluate(
     ``results`` has the metrics by task, ``samples`` every request with its answer, and ``versions``
     the tasks' own. ``num_fewshot`` examples stand before each question (None: as the task says);
     ``limit`` takes the first so many questions. Raises ArgumentError for a task that is not known
-    or that the harness cannot load.
+    or that the harness cannot load, FormatError for a file in ``folder`` that is not YAML.
     """
     tasks = list(tasks)
     manager = _task_manager(tasks, folder)
     for task in tasks:
         if task not in manager.all_tasks:
-            damaged = _damaged(folder) if folder is not None else None
             raise ArgumentError(
                 f"no task is called {task!r}; `lm-eval ls tasks` lists those of the harness, and"
-                f" --task-folder names a folder with others{f'; {damaged}' if damaged else ''}"
+                " --task-folder names a folder with others"
             )
     # As lm_eval.simple_evaluate does it, which loads torch for a seed, and to tell its version.
     random.seed(RANDOM_SEED)
@@ -231,17 +230,17 @@ def _task_manager(tasks: list[str], folder: str | None) -> TaskManager:
         alone = TaskManager(include_path=folder, include_defaults=False)
         if set(tasks) <= set(alone.all_subtasks):  # a group's members may be the harness's
             return alone
+        _check_yaml(folder)
     return TaskManager(include_path=folder)
 
 
-def _damaged(folder: str) -> str | None:
-    """Where a task's file is not YAML: the harness passes over it without a word."""
+def _check_yaml(folder: str) -> None:
+    """Raise FormatError for a file that is not YAML: the harness passes over it without a word."""
     for file in sorted(Path(folder).rglob("*.yaml")):
         try:
             yaml.compose(file.read_bytes(), yaml.SafeLoader)
         except yaml.YAMLError as error:
-            return " ".join(f"{file} is not YAML: {error}".split())
-    return None
+            raise FormatError(" ".join(f"{file}: not YAML: {error}".split())) from None
 
 
 @contextmanager

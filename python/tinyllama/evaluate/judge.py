@@ -17,12 +17,14 @@ import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ArgumentError, FormatError, MissingExtraError
+from ..files import lock
 from ..generation import Completion
 from .intervals import Estimate, of_prompts
 
@@ -148,8 +150,10 @@ class Answers:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
+        self._load(self.path.read_bytes() if self.path.exists() else b"")
+
+    def _load(self, data: bytes) -> None:
         self._replies: dict[str, list[dict[str, Any]]] = {}
-        data = self.path.read_bytes() if self.path.exists() else b""
         *lines, torn = data.split(b"\n")
         if not _BEGIN.startswith(torn[: len(_BEGIN)]):  # somebody's file, not to be cut
             raise FormatError(f"{self.path}: line {len(lines) + 1}: not an answer of a judge")
@@ -177,18 +181,26 @@ class Answers:
         replies = self.of(question)
         return len(replies) >= ATTEMPTS or any(reply["scores"] for reply in replies)
 
+    @contextmanager
+    def open(self) -> Iterator[None]:
+        """For adding to it: BlockingIOError where another process does."""
+        with open(self.path, "a+b") as self._file:
+            lock(self._file, self.path)
+            self._file.seek(0)
+            self._load(self._file.read())  # what others have added since
+            yield
+
     def add(self, question: Question, record: dict[str, Any]) -> None:
-        """Keep one reply. It is on disk when this returns."""
+        """Keep one reply, in an :meth:`open` file. It is on disk when this returns."""
         line = json.dumps({"key": question.key, **record}, ensure_ascii=False) + "\n"
         # Half a surrogate pair, which a judge may reply, is no UTF-8; so JSON spells it.
         data = line.encode(errors="backslashreplace")
-        with open(self.path, "ab") as file:
-            if self._torn_at is not None:
-                file.truncate(self._torn_at)
-                self._torn_at = None
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        if self._torn_at is not None:
+            self._file.truncate(self._torn_at)
+            self._torn_at = None
+        self._file.write(data)
+        self._file.flush()
+        os.fsync(self._file.fileno())
         self._replies.setdefault(question.key, []).append({"key": question.key, **record})
 
 
@@ -204,7 +216,8 @@ def ask(
     The key comes from OPENAI_API_KEY and is written nowhere. ``kept_with``: facts kept with every
     reply. An answer that is not valid is asked for again, twice at most, with another seed;
     ``on_done()`` follows each question. Raises ConnectionError when the endpoint stays silent or
-    refuses, and OSError; what was answered until then is kept. MissingExtraError without openai.
+    refuses, BlockingIOError when another process adds to ``answers``, and OSError; what was
+    answered until then is kept. MissingExtraError without openai.
     """
     try:
         import jsonschema  # noqa: F401
@@ -216,35 +229,38 @@ def ask(
     secret = os.environ.get("OPENAI_API_KEY") or "none"
     client = openai.OpenAI(base_url=url, api_key=secret, max_retries=RETRIES, timeout=TIMEOUT)
     forms = list(_FORMS)
-    for question in questions:
-        while not answers.settled(question):
-            try:
-                reply, usage = _request(client, question, len(answers.of(question)), forms)
-            except openai.APIError as error:
-                reason = str(error.__cause__ or error).replace(secret, "…")
-                raise ConnectionError(
-                    f"the judge at {url}: {error.__class__.__name__}: {reason}"
-                    + (f" ({answers.path} has its answers; run again to go on)" * bool(answers))
-                ) from None
-            scores, invalid = _read(reply)
-            answers.add(
-                question,
-                {
-                    "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                    "judge": question.judge,
-                    "temperature": question.temperature,
-                    "seed": question.seed,
-                    **kept_with,
-                    "completion": question.completion,
-                    "repeat": question.repeat,
-                    "message": question.message,
-                    "reply": reply,
-                    "scores": scores,
-                    "invalid": invalid,
-                    "usage": usage,
-                },
-            )
-        on_done()
+    if not questions:
+        return
+    with answers.open():
+        for question in questions:
+            while not answers.settled(question):
+                try:
+                    reply, usage = _request(client, question, len(answers.of(question)), forms)
+                except openai.APIError as error:
+                    reason = str(error.__cause__ or error).replace(secret, "…")
+                    raise ConnectionError(
+                        f"the judge at {url}: {error.__class__.__name__}: {reason}"
+                        + (f" ({answers.path} has its answers; run again to go on)" * bool(answers))
+                    ) from None
+                answers.add(question, {**kept_with, **_record(question, reply, usage)})
+            on_done()
+
+
+def _record(question: Question, reply: str, usage: dict[str, int]) -> dict[str, Any]:
+    scores, invalid = _read(reply)
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "judge": question.judge,
+        "temperature": question.temperature,
+        "seed": question.seed,
+        "completion": question.completion,
+        "repeat": question.repeat,
+        "message": question.message,
+        "reply": reply,
+        "scores": scores,
+        "invalid": invalid,
+        "usage": usage,
+    }
 
 
 def _request(

@@ -142,7 +142,8 @@ class Split:
 class Texts:
     """What a folder holds out, as text: :meth:`pairs` of it, as of ``data.Documents``.
 
-    ``size`` and ``position`` count bytes, for progress bars.
+    ``size`` and ``position`` count bytes, for progress bars; they are equal in the end if the
+    tokens tell all of the text, which those of some tokenizers do not.
     """
 
     def __init__(self, folder: TokenFolder, tokenizer: SentencePieceProcessor) -> None:
@@ -231,11 +232,12 @@ class Windows:
 def mixture(split: Split, weights: Mapping[str, float], seed: int) -> np.ndarray:
     """The documents of an epoch: int64 (n,), a number as often as its source's weight says.
 
-    Of a source's N documents under a weight of k + f, f below 1, every one is there k times and
-    round(f N) of them once more; which, ``seed`` decides, the same for all epochs. Sources that
-    ``weights`` does not name have weight 1.
+    Under a weight of k + f, f below 1, every document of a source is there k times, and once more
+    as many of them as come nearest to f times the source's tokens; which, ``seed`` decides, the
+    same for all epochs. Sources that ``weights`` does not name have weight 1.
 
-    Raises ConfigError for a weight of a source that the split does not have.
+    Raises ConfigError for a weight of a source that the split does not have, and for one that its
+    documents are too few for: what comes out is a quarter of it off, or more.
     """
     for name in weights:
         if name not in split.sources:
@@ -243,11 +245,21 @@ def mixture(split: Split, weights: Mapping[str, float], seed: int) -> np.ndarray
                 f"weights.{name}: {split.name}, has no source {name!r},"
                 f" only {', '.join(split.sources)}"
             )
-    times = []
+    times, end = [], 0
     for number, (name, n_documents) in enumerate(split.sources.items()):
+        length, end = split.length[end : end + n_documents], end + n_documents
         whole, rest = divmod(weights.get(name, 1.0), 1.0)
         random = np.random.Generator(np.random.PCG64([seed, number, 1]))
-        chosen = random.permutation(n_documents)[: round(rest * n_documents)]
+        order = random.permutation(n_documents)
+        reached = np.append(0, np.cumsum(length[order]))
+        n_chosen = int(np.argmin(abs(reached - rest * reached[-1])))
+        chosen, seen = order[:n_chosen], whole + reached[n_chosen] / max(1, reached[-1])
+        if n_documents and abs(seen - whole - rest) > 0.25 * (whole + rest):
+            raise ConfigError(
+                f"weights.{name} is {whole + rest:g}: {split.name}, can come no nearer to that than"
+                f" {seen:.2g} times {name}, whose documents are too few ({n_documents}); cut them"
+                " (`tinyllama data check --max-bytes`)"
+            )
         times.append(np.full(n_documents, int(whole)))
         times[-1][chosen] += 1
     return np.repeat(np.arange(len(split)), np.concatenate([*times, np.zeros(0, np.int64)]))

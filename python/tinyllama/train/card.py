@@ -77,7 +77,7 @@ def _front_matter(name: str, run: Run | None, statement: Statement) -> str:
         eval_results=results or None,
     )
     kg = run.latest("kg_co2eq") if run else None
-    if run and kg is not None:
+    if run and kg is not None and run.metered_steps == run.state["step"]:
         emissions = {
             "emissions": round(1000 * kg, 3),  # grams
             "source": run.latest("estimated_by") or "estimated during the training",
@@ -260,6 +260,8 @@ def _energy(run: Run | None) -> str:
         return "## Energy\n\nNot measured."
     by = run.latest("estimated_by")
     text = f"{kwh:.3g} kWh" + (f", {kg:.3g} kg CO2 equivalent" if kg is not None else "")
+    if run.metered_steps < run.state["step"]:
+        text += f", for {run.metered_steps:,} of the {run.state['step']:,} steps"
     return f"## Energy\n\nEstimated: {text}" + (f" ({_line(by)})." if by else ".")
 
 

@@ -91,7 +91,7 @@ def take_snapshot(
     return Snapshot(
         state,
         Checkpoint(model.config, tensors, vocabulary, source=source),
-        {name: tensor.cpu().clone() for name, tensor in moments.items()},
+        {name: tensor.clone() for name, tensor in moments.items()},
     )
 
 
@@ -99,8 +99,8 @@ def _gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     found = {}
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
-        if keep:
-            found[name] = full.contiguous()
+        if keep:  # one at a time, or a device would have to hold all that the ranks share
+            found[name] = full.contiguous().cpu()
     return found
 
 
@@ -133,7 +133,7 @@ class Saver:
 
 
 def write_checkpoint(run: Path, snapshot: Snapshot, n_kept: int) -> Path:
-    """Write ``run/step-N``, then point LATEST (and BEST, if it is) at it, then drop old ones.
+    """Write ``run/step-N``, then point LATEST at it and BEST at the best, then drop old ones.
 
     Raises OSError when it cannot be written; then nothing new is left and the earlier
     checkpoints stand as they were.
@@ -161,10 +161,34 @@ def write_checkpoint(run: Path, snapshot: Snapshot, n_kept: int) -> Path:
             shutil.copymode(part / "config.json", part / "trainer.safetensors")  # it was private
             (part / "trainer.json").write_bytes(_manifest(part, state))
     _point(run / "LATEST", folder.name)
-    if state.is_best:
-        _point(run / "BEST", folder.name)
+    point_to_best(run)
     _drop_old(run, n_kept)
     return folder
+
+
+def best_checkpoint(run: Path) -> tuple[float, Path] | None:
+    """Bits per byte and folder of the best checkpoint there is in ``run``, the first of equals.
+
+    One that a kill kept from becoming LATEST is none: its step is made once more.
+    """
+    scored, latest = [], _target(run / "LATEST")
+    for folder in run.glob("step-*"):
+        if folder.name > latest:
+            continue
+        try:
+            score = _read_manifest(folder).get("bits_per_byte")
+        except (OSError, FormatError):
+            continue  # whoever reads that one is told
+        if isinstance(score, float) and math.isfinite(score):
+            scored.append((score, folder))
+    return min(scored, default=None)
+
+
+def point_to_best(run: Path) -> None:
+    """Let ``run``'s BEST name the best of its checkpoints, whatever ended the save of one."""
+    best = best_checkpoint(run)
+    if best is not None and _target(run / "BEST") != best[1].name:
+        _point(run / "BEST", best[1].name)
 
 
 def _manifest(folder: Path, state: TrainerState) -> bytes:

@@ -11,13 +11,23 @@ import numpy as np
 from ..errors import ArgumentError
 from ..report import Page, new_figure
 from .metrics import Records, read_records, series
-from .page import bits_error, dress, duration, newest, plus_minus, smoothed, thinned
+from .page import (
+    bits_error,
+    dress,
+    duration,
+    newest,
+    own_scores,
+    plus_minus,
+    smoothed,
+    thinned,
+)
 from .recipe import flat
 
 
 class Standing(NamedTuple):
     """How a run stands in a comparison: bits per byte, and tokens and seconds to the goal.
 
+    The score from before a fine-tuning is none of it.
     ``interval``: half of the 95 % interval of ``final``, as text. ``before`` says that the first
     validation was past the goal already, so that ``tokens`` and ``seconds`` are too many.
     """
@@ -50,13 +60,16 @@ class Comparison:
                 raise ArgumentError(f"{name} is named twice")
             self.records[name] = read_records(run)
             self._beginnings.append(newest(self.records[name], "recipe", run))
-            scores = [record for record in self.records[name] if "bits_per_byte" in record]
+            scores = own_scores(self.records[name])
             if not scores:
                 raise ArgumentError(f"{name} has no validation yet")
             validations.append(scores[-1])
         if len(paths) < 2:
             raise ArgumentError("a comparison takes two runs or more")
-        bits = [series(records, "bits_per_byte")[0].min() for records in self.records.values()]
+        bits = [
+            series(own_scores(records), "bits_per_byte")[0].min()
+            for records in self.records.values()
+        ]
         self.goal = float(max(bits))
         self.standings = [
             self._standing(name, beginning, last)
@@ -71,7 +84,8 @@ class Comparison:
         return len({beginning["valid_bytes"] for beginning in self._beginnings}) == 1
 
     def _standing(self, name: str, beginning: dict[str, Any], last: dict[str, Any]) -> Standing:
-        tokens, seconds, bits = series(self.records[name], "tokens", "seconds", "bits_per_byte")
+        own = own_scores(self.records[name])
+        tokens, seconds, bits = series(own, "tokens", "seconds", "bits_per_byte")
         first = int(np.argmax(bits <= self.goal))
         return Standing(
             name,

@@ -27,15 +27,17 @@ class Metrics:
 
     - a beginning, of the run or of a part that goes on: ``recipe`` and its ``source``, ``version``
       of this package, ``began`` (local time), ``n_parameters``, ``device``, ``dtype``,
-      ``compiled``, ``peak_flop_per_s``, ``n_documents`` and ``n_tokens`` to train on, the
-      ``sources`` they come from (a list, as in the data's manifest), ``valid_bytes``;
+      ``compiled``, ``peak_flop_per_s``, ``n_documents`` and ``n_tokens`` to train on,
+      ``tokens_per_epoch``, which windows of pairs fill up with padding, the ``sources`` they come
+      from (a list, as in the data's manifest), ``valid_bytes``;
     - training: ``train_nats``, the mean loss of the step's tokens, ``grad_norm`` before clipping,
       ``learning_rate`` (``muon_learning_rate`` too), and since the last such record ``tok_per_s``
       and ``peak_share``, the model's FLOPs over the measured peak;
     - validation: ``valid_nats`` with its ``standard_error``, ``bits_per_byte``;
     - a ``sample`` that continues ``prompt``;
     - an end before the last step: ``stopped``, by what;
-    - energy since the start: ``kwh``, ``kg_co2eq``, ``estimated_by``.
+    - energy since the start, of undone steps too: ``kwh``, ``kg_co2eq``, ``estimated_by``, and of
+      how many of the steps it is, ``metered_steps``.
 
     Records after ``step`` are dropped on opening: they belong to steps that a crash has undone. Of
     several processes that train together one may ``write``; it makes the folder, and locks it:
@@ -46,6 +48,8 @@ class Metrics:
     def __init__(self, run: Path, step: int, write: bool = True, tensorboard: bool = False) -> None:
         self.path = run / "metrics.jsonl"
         self.records: Records = []
+        self._undone: Records = []
+        self._unwritten = b""
         self._writes = write
         self._board: SummaryWriter | None = None
         if not write:
@@ -55,19 +59,34 @@ class Metrics:
         if tensorboard:
             self._board = _open_board(run / "tensorboard", step)
         if step and self.path.exists():
-            self.records = [record for record in read_records(run) if record["step"] <= step]
+            for record in read_records(run):
+                (self.records if record["step"] <= step else self._undone).append(record)
         with whole_file(self.path) as file:
             for record in self.records:
                 file.write((json.dumps(record) + "\n").encode())
+            self._size = file.tell()
 
-    def log(self, step: int, **values: object) -> None:
-        """Append a record."""
+    def log(self, step: int, **values: object) -> OSError | None:
+        """Append a record. What cannot be written is kept for the next: why it cannot."""
         if not self._writes:
-            return
+            return None
         record = {"step": step, **values}
         self.records.append(record)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        self._unwritten += (json.dumps(record) + "\n").encode()
+        try:
+            with open(self.path, "r+b", buffering=0) as file:
+                file.truncate(self._size)  # what a failed write has left
+                file.seek(self._size)
+                if file.write(self._unwritten) < len(self._unwritten):
+                    raise OSError(f"{self.path}: only a part of the record could be written")
+            self._size += len(self._unwritten)
+            self._unwritten = b""
+            self._show(step, values)
+        except OSError as error:
+            return error
+        return None
+
+    def _show(self, step: int, values: dict[str, object]) -> None:
         if self._board is not None:
             for field, value in values.items():
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -76,9 +95,10 @@ class Metrics:
                 self._board.add_text(str(values["prompt"]), str(values["sample"]), step)
             self._board.flush()
 
-    def last(self, field: str, default: float = 0.0) -> float:
-        """The newest value of ``field``."""
-        return next((r[field] for r in reversed(self.records) if field in r), default)
+    def last(self, field: str, undone: bool = False) -> float:
+        """The newest value of ``field``, 0 of none; ``undone``: of steps that a crash undid too."""
+        records = [*self.records, *self._undone] if undone else self.records
+        return next((r[field] for r in reversed(records) if field in r), 0.0)
 
 
 def _open_board(folder: Path, step: int) -> SummaryWriter:

@@ -141,6 +141,7 @@ def _add_summary(
     recipe, last = beginning["recipe"], records[-1]
     steps = recipe["steps"]
     tokens = last["tokens"]
+    epochs = tokens / beginning.get("tokens_per_epoch", beginning["n_tokens"])
     rows: list[list[object]] = [
         ["parameters", f"{beginning['n_parameters']:,}"],
         [
@@ -150,8 +151,7 @@ def _add_summary(
         *_source_rows(beginning),
         [
             "seen",
-            f"{tokens:,} tokens, {tokens / beginning['n_tokens']:.2f} epochs;"
-            f" {last['step']:,} of {steps:,} steps",
+            f"{tokens:,} tokens, {epochs:.2f} epochs; {last['step']:,} of {steps:,} steps",
         ],
         ["time", duration(last["seconds"])],
         *_beginning_rows(records, beginning),
@@ -181,7 +181,8 @@ def _validation_rows(records: Records) -> list[list[object]]:
     found = [record for record in records if "bits_per_byte" in record]
     if not found:
         return [["validation", "none yet"]]
-    last, best = found[-1], min(found, key=lambda record: float(record["bits_per_byte"]))
+    last = found[-1]
+    best = min(own_scores(found) or found, key=lambda record: float(record["bits_per_byte"]))
     error = last["standard_error"]
     rows: list[list[object]] = [
         ["validation loss", f"{last['valid_nats']:.4f}{plus_minus(error)} nats per token"],
@@ -192,6 +193,11 @@ def _validation_rows(records: Records) -> list[list[object]]:
         at = f"{best['bits_per_byte']:.4f} at step {best['step']:,}"
         rows.append(["bits per byte, the best", at])
     return rows
+
+
+def own_scores(records: Records) -> Records:
+    """The validations of what a training has made: not that of the model it began with."""
+    return [record for record in records if "bits_per_byte" in record and record["step"] > 0]
 
 
 def bits_error(validation: dict[str, Any]) -> float | None:
@@ -275,8 +281,10 @@ def _add_validations(page: Page, records: Records) -> None:
     page.table(header, rows, "± half of a 95 % interval over documents")
     if used:
         last = list(used.values())[-1]
+        steps, metered = records[-1]["step"], last.get("metered_steps", records[-1]["step"])
+        of = "In all" if metered == steps else f"Of {metered:,} of the {steps:,} steps, metered,"
         page.text(
-            f"In all {energy_text(last['kwh'])} and {mass_text(last['kg_co2eq'])} of CO₂"
+            f"{of} {energy_text(last['kwh'])} and {mass_text(last['kg_co2eq'])} of CO₂"
             f" equivalent. These are estimates, of the whole machine, by {last['estimated_by']}."
         )
 

@@ -37,7 +37,9 @@ class PairWindows:
             raise ConfigError(f"{split.name}: there is no completion to learn")
         order = np.random.Generator(np.random.PCG64([seed])).permutation(len(self._pieces))
         self._pieces = self._pieces[order]
-        self._windows = pack(self._pieces[:, 2] - self._pieces[:, 1], seq_len + 1)
+        # Only what begins with BOS is kept apart from what is before it (document_mask).
+        first = self._pieces[:, 1] > 0
+        self._windows = pack(self._pieces[:, 2] - self._pieces[:, 1], seq_len + 1, first)
         self.windows_per_epoch = len(self._windows)
         self._epoch = -1
 
@@ -68,18 +70,18 @@ class PairWindows:
         return self._windows[self._order[index]]
 
 
-def pack(lengths: np.ndarray, room: int) -> list[list[int]]:
+def pack(lengths: np.ndarray, room: int, first: np.ndarray) -> list[list[int]]:
     """Indices of ``lengths`` in groups whose sums are at most ``room``, by best fit, longest first.
 
-    Each goes where it leaves the least room, or into a group of its own.
+    Each goes where it leaves the least room, or begins a group; those that ``first`` says do so.
     """
     groups: list[list[int]] = []
     by_room: list[list[int]] = [[] for _ in range(room + 1)]  # groups by what is left in them
     rooms: list[int] = []  # those with groups, ascending
-    for i in np.argsort(-lengths, kind="stable"):
+    for i in np.lexsort((-lengths, ~first)):
         length = int(lengths[i])
         at = bisect_left(rooms, length)
-        if at < len(rooms):
+        if at < len(rooms) and not first[i]:
             left = rooms[at]
             group = by_room[left].pop()
             if not by_room[left]:

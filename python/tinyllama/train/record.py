@@ -131,8 +131,18 @@ class Run:
         return next((s for s in self.scores() if s["step"] == self.state["step"]), None)
 
     @property
+    def metered_steps(self) -> int:
+        """Of how many of its steps the energy on record is."""
+        metered = self.latest("metered_steps")
+        return int(self.state["step"] if metered is None else metered)
+
+    @property
     def tokens_per_epoch(self) -> float:
         """0 where it is not on record."""
+        if known := self.latest("tokens_per_epoch"):
+            return float(known)
+        if self.has_pairs:  # their padding is not
+            return 0.0
         sources = self.state.get("data", {}).get("train", {}).get("sources", [])
         weights = self.recipe.get("weights", {})
         return math.fsum(s["tokens"] * weights.get(s["name"], 1.0) for s in sources)

@@ -11,9 +11,10 @@ from .recipe import Recipe
 
 # Of a model's text: what compute is best spent on (20 tokens for each parameter, Hoffmann et al.,
 # arXiv 2203.15556), but no text more often than repetition still helps (four times, Muennighoff et
-# al., arXiv 2305.16264).
+# al., arXiv 2305.16264), unless it is so little that nothing would be learned.
 TOKENS_PER_PARAMETER = 20
 MOST_EPOCHS = 4
+LEAST_STEPS = 200
 # Tokens of context, and below how many million parameters.
 CONTEXTS = ((256, 20), (512, 60), (1024, 500), (2048, 2001))
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}
@@ -29,7 +30,7 @@ def parse_size(text: str) -> int:
 
 
 def sized_recipe(size: int, vocab_size: int, n_tokens: int) -> Recipe:
-    """The recipe of a model of about ``size`` parameters for a text of ``n_tokens``.
+    """The recipe of a model of about ``size`` parameters for a text of ``n_tokens`` an epoch.
 
     Layers of the proportions that small Llamas have (a width of 32 times their number at a million
     parameters, 64 times at a hundred), trained by Muon with learning rates that fall slowly with
@@ -43,7 +44,7 @@ def sized_recipe(size: int, vocab_size: int, n_tokens: int) -> Recipe:
     rows = max(1, min(16, 8192 // model.max_seq_len // 2))
     tokens_per_step = 4096 * math.sqrt(max(1.0, millions))
     grad_accum = max(1, round(tokens_per_step / (rows * model.max_seq_len)))
-    steps = max(200, round(tokens / (rows * model.max_seq_len * grad_accum)))
+    steps = max(LEAST_STEPS, round(tokens / (rows * model.max_seq_len * grad_accum)))
     return Recipe(
         model=model,
         steps=steps,

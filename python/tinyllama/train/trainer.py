@@ -16,11 +16,13 @@ from .batches import UNSCORED, TokenFolder, Windows
 from .checkpoint import (
     Saver,
     TrainerState,
+    best_checkpoint,
     check_files,
     find_checkpoint,
     load_optimizers,
     load_state,
     load_weights,
+    point_to_best,
     previous_run,
     start_from,
     take_snapshot,
@@ -140,10 +142,14 @@ class Trainer:
         self.metrics = Metrics(
             self.run, self.state.step, self.ranks.is_first, tensorboard=recipe.tensorboard
         )
-        self._used_before = self.metrics.last("kwh"), self.metrics.last("kg_co2eq")
+        self._used_before = [self.metrics.last(used, undone=True) for used in ("kwh", "kg_co2eq")]
+        self._unmetered = self.state.step - self.metrics.last("metered_steps")
+        self._has_told_of_metrics = False
         self.rates: dict[str, float] = {}
         self._saver = Saver(self.run, recipe.keep_checkpoints)
         self._saved_step = self.state.step if previous is not None else -1
+        if previous is not None and self.ranks.is_first:
+            point_to_best(self.run)  # a save may have been killed before it came to that
 
     def train(self) -> Path:
         """Train to the recipe's last step, or until SIGINT or SIGTERM: the last checkpoint.
@@ -197,6 +203,7 @@ class Trainer:
                 if _due(step, recipe.every_sample, last):
                     self.sample()
                 if _due(step, recipe.every_eval, last):
+                    self._finish_saving()  # what was not saved is no best to be better than
                     self._say(self.evaluate())
                     if time.monotonic() - self._page_at > PAGE_S:
                         self._write_page()
@@ -271,7 +278,8 @@ class Trainer:
         """Score the validation split, record it, and say it in a line."""
         if self.valid is None:
             return f"step {self.state.step}: no documents to validate on"
-        score = validate(self.model, self.valid, self._forward, self.ranks)
+        room = self.recipe.batch_size * self.recipe.seq_len
+        score = validate(self.model, self.valid, self._forward, self.ranks, room)
         best = min(score.bits_per_byte, self.state.best_bits_per_byte or math.inf)
         self.state = dataclasses.replace(
             self.state, bits_per_byte=score.bits_per_byte, best_bits_per_byte=best
@@ -320,7 +328,12 @@ class Trainer:
         except OSError as error:
             failed = True
             self._say(f"step {self._saved_step} could not be saved, others stay: {error}")
-        return not any(self.ranks.sum(failed))
+        if not any(self.ranks.sum(failed)):
+            return True
+        best = best_checkpoint(self.run) if self.ranks.is_first else None
+        known, score = self.ranks.sum(best is not None, best[0] if best else 0.0)
+        self.state = dataclasses.replace(self.state, best_bits_per_byte=score if known else None)
+        return False
 
     def _forward(self, tokens: Tensor) -> Tensor:
         with self.autocast():
@@ -338,14 +351,19 @@ class Trainer:
     def _log(self, **values: object) -> None:
         state = self.state
         tokens = state.step * self.recipe.tokens_per_step
-        self.metrics.log(state.step, tokens=tokens, seconds=round(state.seconds, 3), **values)
+        seconds = round(state.seconds, 3)
+        error = self.metrics.log(state.step, tokens=tokens, seconds=seconds, **values)
+        if error and not self._has_told_of_metrics:
+            self._say(f"step {state.step} could not be recorded, which is tried again: {error}")
+        self._has_told_of_metrics = error is not None
 
     def _log_energy(self) -> None:
         if self.recipe.energy:
             used = self.ranks.sum(*(self._meter.read() if self._meter else (0.0, 0.0)))
             kwh, kg_co2eq = (a + b for a, b in zip(self._used_before, used, strict=True))
             source = self._meter.source if self._meter else ""
-            self._log(kwh=kwh, kg_co2eq=kg_co2eq, estimated_by=source)
+            metered = int(self.state.step - self._unmetered)
+            self._log(kwh=kwh, kg_co2eq=kg_co2eq, estimated_by=source, metered_steps=metered)
 
     def _describe(self, peak: float) -> None:
         """Say what is trained on what."""
@@ -368,6 +386,7 @@ class Trainer:
             n_parameters=self.recipe.model.n_parameters,
             n_documents=self.windows.n_documents,
             n_tokens=self.windows.n_tokens,
+            tokens_per_epoch=self.windows.windows_per_epoch * self.recipe.seq_len,
             sources=self.state.data.get("train", {}).get("sources", []),
             valid_bytes=self.valid.n_bytes if self.valid else 0,
             device=self._where,

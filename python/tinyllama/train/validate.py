@@ -40,15 +40,20 @@ class Validation(NamedTuple):
 
 
 def validate(
-    model: Llama, split: Split, forward: Forward | None = None, ranks: Ranks | None = None
+    model: Llama,
+    split: Split,
+    forward: Forward | None = None,
+    ranks: Ranks | None = None,
+    room: int = 2**20,
 ) -> Validation:
     """Score every token after BOS, EOS too, of each document of ``split`` on its own; of pairs,
     those of the completion.
 
     bits per byte = total nats / ln 2 / UTF-8 bytes of the scored text. A document longer than
     the context is scored in windows that overlap by half, each token once, in the first window
-    that has it. ``forward`` (default: the model) maps tokens (rows, n) to logits. The ``ranks`` of
-    a training share the work, and all get the score.
+    that has it. ``forward`` (default: the model) maps tokens (rows, n) to logits; it gets at most
+    ``room`` tokens at once, or a document's. The ``ranks`` of a training share the work, and all
+    get the score.
 
     Raises ConfigError when the split is empty.
     """
@@ -58,14 +63,15 @@ def validate(
     device = model.tok_embed.device
     pieces = sorted(_pieces(split, model.config.max_seq_len), key=lambda piece: len(piece[0]))
     ranks = ranks or Ranks(device)
+    n_rows = max(1, min(ROWS, room // len(pieces[-1][0])))
     by_document, count = np.zeros(len(split)), 0
     was_training = model.training
     model.eval()
     with torch.no_grad():
         # As many passes on every rank: those that share tensors wait for one another.
-        for start in range(0, len(pieces), ROWS * ranks.count):
-            i = start + ROWS * ranks.rank
-            rows = pieces[i : i + ROWS] or [(pieces[0][0], len(pieces[0][0]), 0)]
+        for start in range(0, len(pieces), n_rows * ranks.count):
+            i = start + n_rows * ranks.rank
+            rows = pieces[i : i + n_rows] or [(pieces[0][0], len(pieces[0][0]), 0)]
             width = max(len(tokens) for tokens, _, _ in rows)
             tokens = np.zeros((len(rows), width), np.int64)
             scored = np.zeros((len(rows), width - 1), bool)
