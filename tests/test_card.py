@@ -322,6 +322,10 @@ def test_a_sample_does_not_end_its_fence(foreign: Path) -> None:
         ('licence = "mit"', r"card\.toml: unknown key 'licence'; did you mean 'license'"),
         ("year = '2026'", r"card\.toml: year is '2026'; it must be a whole number"),
         ("languages = 'en'", r"card\.toml: languages is 'en'; it must be a list of texts"),
+        (
+            "languages = ['en', 'Tupi']",
+            r"card\.toml: languages has 'Tupi'; expected codes of ISO 639",
+        ),
         ("authors = [1]", r"card\.toml: authors is \[1\]; it must be a list of texts"),
         ("name = 3", r"card\.toml: name is 3; it must be text"),
         ("samples = -1", r"card\.toml: samples is -1; it must be a whole number from 0"),

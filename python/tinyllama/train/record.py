@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,9 @@ class Statement:
                 kind = "a list of texts"
             if not right:
                 raise ConfigError(f"{field.name} is {value!r}; it must be {kind}")
+        for code in self.languages:
+            if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z0-9]+)*|multilingual|code", code):
+                raise ConfigError(f"languages has {code!r}; expected codes of ISO 639, such as pt")
 
     def missing(self, run: Run | None) -> list[str]:
         """The names of what a published model of that run should have stated, and has not."""
