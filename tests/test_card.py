@@ -228,6 +228,16 @@ def test_text_by_source(foreign: Path) -> None:
         tinyllama.load(foreign), Run(run.state, records), Statement(samples=0), "f", "f32"
     )
     assert "Pairs of prompt and completion" in text and "Step 0 is the model that it" in text
+    assert "Its training went on" not in text and "An epoch has" not in text
+    facts = {"n_documents": 31, "n_tokens": 3400, "began": "2026-11-29 20:00", "version": "0.1"}
+    records.append({"step": 0, **facts, "device": "cpu", "dtype": "bf16", "compiled": True})
+    later = [{"step": 8, "bits_per_byte": 0.7}, {"step": 9, "bits_per_byte": 0.6}]
+    text = model_card(
+        tinyllama.load(foreign), Run(run.state, records, later), Statement(samples=0), "f", "f32"
+    )
+    assert "An epoch has 31 documents of it with 3,400 tokens, " in text
+    assert " on cpu, bf16, compiled; begun 2026-11-29 20:00 with tinyllama 0.1." in text
+    assert "went on to step 9, where that text took 0.6000 bits per byte (0.7000 at most)" in text
     assert "name: completions held out of the training" in text
     assert Statement().missing(run)[-1] == "prompts"
 

@@ -162,7 +162,11 @@ def test_the_field_may_be_named(tmp_path):
         ("a.csv", b"label,text\n1\n", "record 1: text is null, expected text"),
         ("a.csv", b"label,text\n1,a,b\n", "record 1: more values than the header"),
         ("a.csv", b'label,text\n1,"a\n', "line 2: damaged CSV"),
-        ("a.csv", b"label,title\n1,a\n", "line 1, which names the columns: .* it has label, title"),
+        (
+            "a.csv",
+            b"label,title\n1,a\n",
+            "line 1, which has to name the columns: .* it has label, title",
+        ),
         ("a.parquet", b"PAR1 not", "a.parquet: damaged Parquet"),
         ("a.txt.gz", b"not gzip", "a.txt.gz: damaged compressed data"),
         ("a.doc", b"\xd0\xcf\x11\0\0", "a.doc: unknown kind of file, and not text; known: .txt"),

@@ -136,7 +136,9 @@ def test_a_task_on_the_command_line(folder, theirs, task, tmp_path, capsys):
     assert main(["eval", folder, *arguments, "--report", page]) == 0
     assert f"{expected['acc,none']:.4f}" in Path(page).read_text(encoding="utf-8")
     found = json.loads(capsys.readouterr().out)["tasks"]["pets"]
-    assert found == {"acc": expected["acc,none"], "acc_stderr": expected["acc_stderr,none"]}
+    metrics = {"acc": expected["acc,none"], "acc_stderr": expected["acc_stderr,none"]}
+    assert found == {"questions": 15, "of": 20, "shots": 0, "metrics": metrics}
+    assert "15 of 20" in Path(page).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("own, given", [("", None), ("", 2), ("3", None), ("3", 2), ("0", 2)])

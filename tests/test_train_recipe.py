@@ -6,6 +6,8 @@ import dataclasses
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -148,6 +150,31 @@ def test_a_size_of_few_steps_reaches_its_rate(tokens: Path, tmp_path: Path) -> N
     rates = series(read_records(tmp_path / "run"), "learning_rate")[0]
     assert rates[-1] == pytest.approx(0.1 / 0.9 * sized_recipe(10**5, 300, 10**5).learning_rate)
     assert load_state(find_checkpoint(tmp_path / "run")).recipe["warmup_steps"] == 1
+
+
+def test_what_is_due_when_follows_the_steps_that_are_set() -> None:
+    own, set_ = (sized_recipe(3_000_000, 2048, 5_000_000, steps) for steps in (0, 1000))
+    assert set_.steps == 1000 and own.steps > 2000
+    assert dataclasses.replace(own, steps=1000) != set_
+    assert (set_.every_eval, set_.every_sample, set_.every_save) == (100, 100, 50)
+    odd = sized_recipe(3_000_000, 2048, 5_000_000, 1001)
+    assert odd.every_eval == 101 and 1001 - 9 * 101 > 50  # none is due just before the last
+    assert sized_recipe(3_000_000, 2048, 5_000_000, 120).every_eval == 50
+
+
+def test_training_without_torch_names_the_extra(tokens: Path, tmp_path: Path) -> None:
+    arguments = ["train", "--size", "100K", "--data", str(tokens), "--out", str(tmp_path / "run")]
+    script = (
+        "import sys; sys.modules['torch'] = None; from tinyllama.cli import main;"
+        f" sys.exit(main({arguments!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert 'pip install ".[train]"' in done.stderr
+    for more in (["--resume"], ["--from", "bundled"]):
+        script = script.replace(repr(arguments), repr([arguments[0], *more, *arguments[3:]]))
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+        assert "Traceback" not in done.stderr, more
 
 
 def test_a_size_is_for_the_text_that_the_weights_leave(

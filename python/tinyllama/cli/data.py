@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from typing import TYPE_CHECKING, Any
@@ -249,10 +250,11 @@ def _hint_at_validation(manifest: dict[str, Any]) -> None:
     """Say so where a score would hang on a few documents, though there are more."""
     splits = manifest["splits"]
     valid = splits["valid"]["documents"] if "valid" in splits else 0
-    if 0 < valid < FEW_DOCUMENTS <= splits["train"]["documents"]:
+    share = FEW_DOCUMENTS / (valid + splits["train"]["documents"])
+    if 0 < valid < FEW_DOCUMENTS and share < 0.5:
         print(
-            f"tinyllama: scores will hang on {valid} held-out documents; --valid-fraction 0.1 holds"
-            " out more",
+            f"tinyllama: scores will hang on {valid} held-out documents; --valid-fraction"
+            f" {math.ceil(100 * share) / 100:g} holds out more",
             file=sys.stderr,
         )
 

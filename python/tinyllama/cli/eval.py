@@ -18,8 +18,9 @@ from .measures import measure_text, run_tasks, story_sampling, tell_stories, tex
 DESCRIPTION = """\
 Measure a model in one way or several at once.
 
---text scores every token of every document, ends included, given all before it: nats per token,
-and bits per byte, which compare models with different tokenizers.
+--text scores every token of every document, ends included, given all before it (where a document is
+longer than the context, half a context of it or more): nats per token, and bits per byte, which
+compare models with different tokenizers.
 
 --stories lets it continue beginnings of stories and measures what it tells: how often it ends, how
 much it repeats, how varied it is, what it copies from --train-text, and which of two continuations

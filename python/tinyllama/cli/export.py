@@ -122,6 +122,8 @@ def _tell_checkpoint(source: Path, checkpoint: Path) -> None:
         return
     newest = (source / "LATEST").read_text(encoding="utf-8").strip()
     if newest == checkpoint.name:
-        print(f"{checkpoint}: the last checkpoint")
+        best = source / "BEST"
+        is_best = best.is_file() and best.read_text(encoding="utf-8").strip() == newest
+        print(f"{checkpoint}: the last checkpoint{', and the best' if is_best else ''}")
     else:
         print(f"{checkpoint}: the best of those validated; the last one is {source / newest}")

@@ -183,8 +183,9 @@ def _judge(
     }
 
 
-def run_tasks(model: Model, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """The figures of ``--tasks``: by task and metric, each with its standard error."""
+def run_tasks(model: Model, args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """The figures of ``--tasks``: by task the metrics, each with its standard error, how many of
+    its questions were asked, and behind how many examples."""
     from ..evaluate.harness import evaluate
 
     results = evaluate(
@@ -194,15 +195,28 @@ def run_tasks(model: Model, args: argparse.Namespace) -> dict[str, dict[str, flo
         num_fewshot=args.num_fewshot,
         limit=args.limit,
     )
-    # The harness names a metric with the filter that its answers went through: "acc,none".
     return {
-        task: {
-            name.replace(",none", ""): value
-            for name, value in metrics.items()
-            if isinstance(value, (int, float)) and "," in name
-        }
+        task: _task(metrics, results["n-samples"].get(task), results["n-shot"].get(task))
         for task, metrics in results["results"].items()
     }
+
+
+def _task(
+    metrics: dict[str, Any], n_questions: dict[str, int] | None, shots: int | None
+) -> dict[str, Any]:
+    """A task's part of the result; of a group the harness counts neither questions nor shots."""
+    found: dict[str, Any] = {}
+    if n_questions is not None:
+        found |= {"questions": n_questions["effective"], "of": n_questions["original"]}
+    if shots is not None:
+        found["shots"] = shots
+    # The harness names a metric with the filter that its answers went through: "acc,none".
+    found["metrics"] = {
+        name.replace(",none", ""): value
+        for name, value in metrics.items()
+        if isinstance(value, (int, float)) and "," in name
+    }
+    return found
 
 
 def _watched(

@@ -25,8 +25,8 @@ mfu in the progress bar is the share that the model's FLOPs have of the matrix p
 machine can do, as measured at the start (PaLM, arXiv 2204.02311, appendix B).
 
 Where DATA has several sources, weights mix them: --set weights.NAME=3 sees each of its documents
-three times in an epoch, 0.5 half of them, 0 none; 1 is the default. Validation text is never
-weighted.
+three times in an epoch, 0.5 half of them (the same in each), 0 none; 1 is the default. Validation
+text is never weighted.
 
 Ctrl-C, or SIGTERM, saves and stops; the same command then goes on exactly where it was.
 
@@ -44,7 +44,10 @@ examples:
 on four devices of this machine, or processes where there is no GPU; on several machines with the
 arguments of torchrun (--nnodes, --rdzv-endpoint) and folders that all of them see:
   torchrun --nproc-per-node 4 -m tinyllama.train --preset stories110m --data tokens --out run
-They share each step's batch_size × grad_accum windows; --set parallel=fsdp shares the weights too.
+  torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 \\
+      -m tinyllama.train --preset stories110m --data tokens --out run     (on each of two machines)
+They share each step's batch_size × grad_accum windows evenly; --set parallel=fsdp shares the
+weights too. What was stopped goes on on any other number of them.
 Ctrl-C saves and stops here as well; torchrun then prints a traceback of its own.
 """
 
@@ -179,14 +182,16 @@ def train(args: argparse.Namespace) -> int:
         folder, size = TokenFolder(args.data), parse_size(args.size)
         split = folder.split("train")
 
-        def sized(n_tokens: int) -> Recipe:
-            values = sized_recipe(size, folder.vocab_size, n_tokens).to_dict()
+        def sized(n_tokens: int, steps: int = 0) -> Recipe:
+            values = sized_recipe(size, folder.vocab_size, n_tokens, steps).to_dict()
             return recipe_from_dict(values, source, settings)
 
+        # What is set counts for what is chosen: weights for the text, steps for what is due when.
         recipe = sized(split.n_tokens)
-        if recipe.weights:
-            documents = mixture(split, recipe.weights, recipe.seed)
-            recipe = sized(int(split.length[documents].sum()))
+        documents = mixture(split, recipe.weights, recipe.seed)
+        recipe = sized(n_tokens := int(split.length[documents].sum()))
+        if not recipe.epochs:
+            recipe = sized(n_tokens, recipe.steps)
     else:
         from ..train.checkpoint import find_checkpoint, load_state
 

@@ -26,7 +26,10 @@ from .splits import text_key
 # What is looked for: its title in the report, and what a repair does about it.
 FINDINGS = {
     "damaged": ("damaged encoding", "mended"),
-    "invalid": ("lines with bytes that are not text", "taken as Windows-1252, of --encoding lost"),
+    "invalid": (
+        "lines with bytes that are not text",
+        "taken as Windows-1252; with --encoding, lost",
+    ),
     "foreign": ("files in another encoding than UTF-8", "refused"),
     "lost": ("with U+FFFD, a character lost before", "kept as they are"),
     "duplicates": ("duplicates of an earlier one", "dropped"),

@@ -351,7 +351,7 @@ def _read_csv(
     reader = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
         if reader.fieldnames:
-            _choose(reader.fieldnames, field, f"{path}: line 1, which names the columns")
+            _choose(reader.fieldnames, field, f"{path}: line 1, which has to name the columns")
         for number, record in enumerate(reader, 1):
             where = f"record {number}"
             if None in record:
@@ -391,7 +391,10 @@ def _choose(names: Iterable[Any], field: str | None, where: str) -> tuple[str, .
     known = f"{', '.join(AUTO_FIELDS)}, or {' and '.join(PAIR_FIELDS)}"
     wanted = f"field {field!r}" if field is not None else f"any of {known}"
     has = ", ".join(map(str, names)) or "no fields"
-    raise FormatError(f"{where}: does not have {wanted}: it has {has} (name one with --field)")
+    raise FormatError(
+        f"{where}: does not have {wanted}: it has {has} (--field names one that holds"
+        " the text; those of a pair are called prompt and completion)"
+    )
 
 
 def _pair_of(record: Any, field: str | None, where: str) -> Pair:

@@ -152,17 +152,23 @@ def _judge(judge: dict[str, Any]) -> Iterator[Table]:
     )
 
 
-def _tasks(tasks: dict[str, dict[str, float]]) -> Table:
+def _tasks(tasks: dict[str, dict[str, Any]]) -> Table:
     rows = [
-        (task, metric, f"{value:.4f}", f"{error:.4f}" if error is not None else "")
-        for task, metrics in tasks.items()
-        for metric, value in metrics.items()
+        (
+            task,
+            f"{facts['questions']:,} of {facts['of']:,}" if "of" in facts else "",
+            str(facts.get("shots", "")),
+            metric,
+            f"{value:.4f}",
+            f"{error:.4f}" if error is not None else "",
+        )
+        for task, facts in tasks.items()
+        for metric, value in facts["metrics"].items()
         if not metric.endswith("_stderr")
-        for error in [metrics.get(f"{metric}_stderr")]
+        for error in [facts["metrics"].get(f"{metric}_stderr")]
     ]
-    return Table(
-        "Tasks of lm-evaluation-harness", ("task", "metric", "", "standard error"), tuple(rows)
-    )
+    header = ("task", "questions", "shots", "metric", "", "standard error")
+    return Table("Tasks of lm-evaluation-harness", header, tuple(rows))
 
 
 def _estimate(estimate: dict[str, Any] | None, digits: int = 3) -> tuple[str, str]:

@@ -100,7 +100,7 @@ def cut_documents(model: Model, documents: Iterable[tuple[str, str]], seed: int)
     if not texts:
         raise ArgumentError(
             f"no document has at least {LEAST_WORDS} words and fits into the context"
-            f" of {model.config.max_seq_len} tokens"
+            f" of {model.config.max_seq_len} tokens: such are needed to be cut in two"
         )
     return Prompts(tuple(texts), f"40 to 60 % of each document's words, by seed {seed}")
 

@@ -184,6 +184,13 @@ def _data(run: Run | None, statement: Statement) -> str:
         ]
         rows.append(("all", *_counts(splits["train"]), ""))
         parts.append(_table(("source", "documents", "tokens", "bytes", "times per epoch"), rows))
+    if run and run.recipe.get("weights") and run.latest("n_tokens"):
+        parts.append(
+            f"An epoch has {run.latest('n_documents'):,} documents of it with"
+            f" {run.latest('n_tokens'):,} tokens, each counted as often as it is there. Of a"
+            " fraction of a source, every epoch has the same documents; the others were not"
+            " trained on."
+        )
     if "valid" in splits:
         documents, tokens, n_bytes = _counts(splits["valid"])
         parts.append(f"Held out of it: {documents} documents, {tokens} tokens, {n_bytes} bytes.")
@@ -210,6 +217,10 @@ def _training(run: Run | None) -> str:
     summary += f"; {_duration(seconds)}" if seconds else ""
     device = run.latest("device")
     summary += f" on {device}" if device else ""
+    if run.latest("dtype"):
+        summary += f", {run.latest('dtype')}{', compiled' * bool(run.latest('compiled'))}"
+    first = next((r["began"] for r in run.records if "began" in r), "")
+    summary += f"; begun {first} with tinyllama {run.latest('version')}" if first else ""
     rows = []
     for key, value in recipe.items():
         if key in (*FREE_SETTINGS, "model", "weights", "epochs") or value in ("", None, [], {}):
@@ -306,6 +317,12 @@ def _limits(model: Model, run: Run | None, statement: Statement) -> str:
         known.append(
             "No checkpoint before it did better on that text: if it was picked for that, its score"
             " is a little optimistic."
+        )
+    if run and run.later:
+        worst, last = max(later["bits_per_byte"] for later in run.later), run.later[-1]
+        known.append(
+            f"Its training went on to step {last['step']:,}, where that text took"
+            f" {last['bits_per_byte']:.4f} bits per byte ({worst:.4f} at most)."
         )
     return "\n\n".join(filter(None, ["## Limits", statement.limits.strip(), " ".join(known)]))
 

@@ -263,7 +263,8 @@ def previous_run(run: Path, recipe: Recipe, data_sha256: str) -> Path | None:
         if key not in FREE_SETTINGS and was[key] != now[key]:
             raise ConfigError(
                 f"{run} holds a run of another recipe: {key} was {was[key]!r}, now {now[key]!r};"
-                " --resume goes on with it as it was, another folder for --out begins a new one"
+                " --resume goes on with it as it was, another folder for --out begins a new one,"
+                f" with --from {run} from its model"
             )
     return folder
 

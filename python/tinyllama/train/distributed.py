@@ -12,15 +12,20 @@ import warnings
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import ConfigError
+from ..errors import ConfigError, MissingExtraError
+
+try:
+    import torch
+    import torch.distributed as dist
+    from torch import Tensor, nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, fully_shard
+    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.nn.parallel import DistributedDataParallel
+except ImportError as error:
+    raise MissingExtraError(error.name or "torch", "train") from error
+
 from .model import Llama
 
 

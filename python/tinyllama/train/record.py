@@ -86,11 +86,13 @@ def read_statement(path: str | os.PathLike[str]) -> Statement:
 class Run:
     """What is on record of the training that made a checkpoint.
 
-    ``state``: its ``trainer.json``. ``records``: those of ``metrics.jsonl`` up to its step.
+    ``state``: its ``trainer.json``. ``records``: those of ``metrics.jsonl`` up to its step;
+    ``later``: the validations after it.
     """
 
     state: dict[str, Any]
     records: list[dict[str, Any]]
+    later: list[dict[str, Any]] = dataclasses.field(default_factory=list)
 
     @property
     def recipe(self) -> dict[str, Any]:
@@ -164,5 +166,7 @@ def read_run(folder: Path) -> Run | None:
         raise FormatError(f"{folder / 'trainer.json'}: damaged: recipe or step is missing")
     records = []
     if (folder.parent / "metrics.jsonl").is_file():
-        records = [r for r in read_records(folder.parent) if r["step"] <= state["step"]]
-    return Run(state, records)
+        records = read_records(folder.parent)
+    until = [r for r in records if r["step"] <= state["step"]]
+    later = [r for r in records if r["step"] > state["step"] and "bits_per_byte" in r]
+    return Run(state, until, later)

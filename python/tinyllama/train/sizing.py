@@ -29,8 +29,9 @@ def parse_size(text: str) -> int:
     return size
 
 
-def sized_recipe(size: int, vocab_size: int, n_tokens: int) -> Recipe:
-    """The recipe of a model of about ``size`` parameters for a text of ``n_tokens`` an epoch.
+def sized_recipe(size: int, vocab_size: int, n_tokens: int, steps: int = 0) -> Recipe:
+    """The recipe of a model of about ``size`` parameters for a text of ``n_tokens`` an epoch, of so
+    many ``steps``, or of as many as suit it.
 
     Layers of the proportions that small Llamas have (a width of 32 times their number at a million
     parameters, 64 times at a hundred), trained by Muon with learning rates that fall slowly with
@@ -44,7 +45,7 @@ def sized_recipe(size: int, vocab_size: int, n_tokens: int) -> Recipe:
     rows = max(1, min(16, 8192 // model.max_seq_len // 2))
     tokens_per_step = 4096 * math.sqrt(max(1.0, millions))
     grad_accum = max(1, round(tokens_per_step / (rows * model.max_seq_len)))
-    steps = max(LEAST_STEPS, round(tokens / (rows * model.max_seq_len * grad_accum)))
+    steps = steps or max(LEAST_STEPS, round(tokens / (rows * model.max_seq_len * grad_accum)))
     return Recipe(
         model=model,
         steps=steps,
@@ -57,9 +58,9 @@ def sized_recipe(size: int, vocab_size: int, n_tokens: int) -> Recipe:
         schedule="linear",
         warmup_steps=max(20, steps // 50),
         document_mask=True,
-        every_eval=max(50, steps // 10),
-        every_save=max(50, steps // 20),
-        every_sample=max(50, steps // 10),
+        every_eval=max(50, math.ceil(steps / 10)),
+        every_save=max(50, math.ceil(steps / 20)),
+        every_sample=max(50, math.ceil(steps / 10)),
     )
 
 
