@@ -155,8 +155,8 @@ def test_a_size_of_few_steps_reaches_its_rate(tokens: Path, tmp_path: Path) -> N
 def test_what_is_due_when_follows_the_steps_that_are_set() -> None:
     own, set_ = (sized_recipe(3_000_000, 2048, 5_000_000, steps) for steps in (0, 1000))
     assert set_.steps == 1000 and own.steps > 2000
-    assert dataclasses.replace(own, steps=1000) != set_
-    assert (set_.every_eval, set_.every_sample, set_.every_save) == (100, 100, 50)
+    spaced = {"every_eval": 100, "every_sample": 100, "every_save": 50}
+    assert dataclasses.replace(own, steps=1000, **spaced) == set_  # all else stays
     odd = sized_recipe(3_000_000, 2048, 5_000_000, 1001)
     assert odd.every_eval == 101 and 1001 - 9 * 101 > 50  # none is due just before the last
     assert sized_recipe(3_000_000, 2048, 5_000_000, 120).every_eval == 50

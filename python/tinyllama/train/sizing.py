@@ -30,8 +30,8 @@ def parse_size(text: str) -> int:
 
 
 def sized_recipe(size: int, vocab_size: int, n_tokens: int, steps: int = 0) -> Recipe:
-    """The recipe of a model of about ``size`` parameters for a text of ``n_tokens`` an epoch, of so
-    many ``steps``, or of as many as suit it.
+    """The recipe of a model of about ``size`` parameters for a text of ``n_tokens`` an epoch, of as
+    many steps as suit it, or of so many ``steps``, by which validations are then spaced.
 
     Layers of the proportions that small Llamas have (a width of 32 times their number at a million
     parameters, 64 times at a hundred), trained by Muon with learning rates that fall slowly with
@@ -45,7 +45,8 @@ def sized_recipe(size: int, vocab_size: int, n_tokens: int, steps: int = 0) -> R
     rows = max(1, min(16, 8192 // model.max_seq_len // 2))
     tokens_per_step = 4096 * math.sqrt(max(1.0, millions))
     grad_accum = max(1, round(tokens_per_step / (rows * model.max_seq_len)))
-    steps = steps or max(LEAST_STEPS, round(tokens / (rows * model.max_seq_len * grad_accum)))
+    suited = max(LEAST_STEPS, round(tokens / (rows * model.max_seq_len * grad_accum)))
+    steps = steps or suited
     return Recipe(
         model=model,
         steps=steps,
@@ -56,7 +57,7 @@ def sized_recipe(size: int, vocab_size: int, n_tokens: int, steps: int = 0) -> R
         learning_rate=_rounded(4e-3 * millions**-0.15),
         muon_learning_rate=_rounded(0.01 * millions**-0.12),
         schedule="linear",
-        warmup_steps=max(20, steps // 50),
+        warmup_steps=max(20, suited // 50),
         document_mask=True,
         every_eval=max(50, math.ceil(steps / 10)),
         every_save=max(50, math.ceil(steps / 20)),
