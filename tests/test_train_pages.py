@@ -71,19 +71,24 @@ def fake_meter(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def train_five_steps(trainer: Trainer) -> None:
+    """Until a signal comes in the fifth."""
+    one_step = trainer.step
+
+    def step_then_stop() -> float:
+        if trainer.state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return one_step()
+
+    trainer.step = step_then_stop  # type: ignore[method-assign]
+    trainer.train()
+
+
 @pytest.mark.usefixtures("fake_meter")
 def test_energy_is_read_where_the_run_is_judged_and_goes_on(tokens: Path, tmp_path: Path) -> None:
     recipe = dataclasses.replace(RECIPE, energy="BRA", every_save=0)
     first = Trainer(recipe, tokens, tmp_path)
-    one_step = first.step
-
-    def step_then_stop() -> float:
-        if first.state.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return one_step()
-
-    first.step = step_then_stop  # type: ignore[method-assign]
-    first.train()
+    train_five_steps(first)
     page = (tmp_path / "report.html").read_text()
     assert "stopped after step 5; the same command goes on" in page and "under way" not in page
     used = series(first.metrics.records, "step", "kwh", "kg_co2eq")
@@ -116,15 +121,7 @@ def test_energy_of_a_part_is_not_told_as_that_of_the_whole(
     with_meter = dataclasses.replace(recipe, energy="BRA")
     first, second = (with_meter, recipe) if metered_first else (recipe, with_meter)
     part = Trainer(first, tokens, tmp_path)
-    one_step = part.step
-
-    def step_then_stop() -> float:
-        if part.state.step == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return one_step()
-
-    part.step = step_then_stop  # type: ignore[method-assign]
-    part.train()
+    train_five_steps(part)
     folder = Trainer(second, tokens, tmp_path).train()
     kwh, steps = (2, 5) if metered_first else (3, 7)
     page = html.unescape((tmp_path / "report.html").read_text(encoding="utf-8"))

@@ -250,11 +250,12 @@ def _hint_at_validation(manifest: dict[str, Any]) -> None:
     """Say so where a score would hang on a few documents, though there are more."""
     splits = manifest["splits"]
     valid = splits["valid"]["documents"] if "valid" in splits else 0
-    share = FEW_DOCUMENTS / (valid + splits["train"]["documents"])
-    if 0 < valid < FEW_DOCUMENTS and share < 0.5:
+    n_documents = valid + splits["train"]["documents"]
+    if 0 < valid < FEW_DOCUMENTS < n_documents / 2:
+        share = math.ceil(100 * FEW_DOCUMENTS / n_documents) / 100
         print(
             f"tinyllama: scores will hang on {valid} held-out documents; --valid-fraction"
-            f" {math.ceil(100 * share) / 100:g} holds out more",
+            f" {share:g} holds out more",
             file=sys.stderr,
         )
 
