@@ -91,16 +91,17 @@ def take_snapshot(
     return Snapshot(
         state,
         Checkpoint(model.config, tensors, vocabulary, source=source),
-        {name: tensor.clone() for name, tensor in moments.items()},
+        moments,
     )
 
 
 def _gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Copies in main memory, where they are to be kept."""
     found = {}
     for name, tensor in tensors.items():
         full = whole(tensor.detach())
         if keep:  # one at a time, or a device would have to hold all that the ranks share
-            found[name] = full.contiguous().cpu()
+            found[name] = full.to("cpu", copy=True).contiguous()
     return found
 
 

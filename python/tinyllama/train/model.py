@@ -254,8 +254,9 @@ def trace(model: Llama, tokens: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def state_to_tensors(state: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """A model's state_dict -> the tensors of a Checkpoint: float32 arrays of the same names."""
-    return {name: value.detach().float().cpu().numpy().copy() for name, value in state.items()}
+    """A state_dict in main memory -> the tensors of a Checkpoint: float32 arrays of the same names,
+    which share that memory."""
+    return {name: value.detach().float().numpy() for name, value in state.items()}
 
 
 def tensors_to_state(
