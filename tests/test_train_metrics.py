@@ -258,6 +258,10 @@ def test_tensorboard_has_the_same_numbers_and_goes_on(tokens: Path, tmp_path: Pa
         events = board.Scalars(field)
         assert [event.step for event in events] == list(steps)
         np.testing.assert_allclose([event.value for event in events], values, rtol=1e-6)
+    assert "n_parameters" not in board.Tags()["scalars"]  # a number that never moves is no curve
+    beginning = next(tag for tag in board.Tags()["tensors"] if tag.startswith("beginning"))
+    started = board.Tensors(beginning)[-1].tensor_proto.string_val[0].decode()
+    assert json.loads(started)["recipe"]["steps"] == recipe.steps
     samples = [r["sample"] for r in records if r.get("prompt") == prompts[0]]
     first_word = prompts[0].split()[0]
     tag = next(tag for tag in board.Tags()["tensors"] if tag.startswith(first_word))

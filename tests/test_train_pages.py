@@ -108,6 +108,7 @@ def test_energy_is_read_where_the_run_is_judged_and_goes_on(tokens: Path, tmp_pa
         ["5.5 kWh", "1.25 kg"],
     ]
     page = html.unescape((tmp_path / "report.html").read_text())
+    assert re.search(r"<td>gone on with</td><td>20\d\d-.*, from step 5</td>", page)
     assert "estimates, of the whole machine, by nobody; <constant>" in page
     assert "energy (estimated)" in page and "In all 5.5 kWh and 1.25 kg" in page
 
@@ -293,6 +294,7 @@ def test_runs_compared_say_what_their_recipes_differ_in(tmp_path: Path, capsys: 
     assert main(["train", "compare", a, b, "--out", str(tmp_path / "page.html")]) == 0
     said = capsys.readouterr().out
     assert re.search(r"dropout\s+0.1\s+0.25\n", said) and "are the same" not in said
+    assert "tokens to 3.0000" in said
     assert ["model.dim", "16", "24"] in table_rows(tmp_path / "page.html")
 
 
@@ -300,7 +302,8 @@ def test_a_comparison_that_says_nothing_says_so(tmp_path: Path, capsys: Any) -> 
     a = write_run(tmp_path / "a", [(100, 10.0, 3.0)])
     b = write_run(tmp_path / "b", [(100, 10.0, 2.0)], valid_bytes=6)
     assert main(["train", "compare", a, b]) == 0
-    assert "validated on different text" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "validated on different text" in said and "tokens to" not in said
     c = write_run(tmp_path / "c", [])
     for runs, error, message in (
         ([a], ArgumentError, "two runs or more"),

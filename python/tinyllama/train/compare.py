@@ -130,7 +130,8 @@ class Comparison:
         """Header and rows: the runs in the order they were named in."""
         goal = f"{self.goal:.4f}"
         header = ["run", "parameters", "bits per byte", "best"]
-        header += [f"tokens to {goal}", f"time to {goal}"]
+        if self.same_text:
+            header += [f"tokens to {goal}", f"time to {goal}"]
         rows = []
         for s in self.standings:
             most = "≤ " if s.before else ""
@@ -142,7 +143,7 @@ class Comparison:
                     f"{s.best:.4f}",
                     f"{most}{s.tokens:,.0f}",
                     f"{most}{duration(s.seconds)}",
-                ]
+                ][: len(header)]
             )
         return header, rows
 
@@ -165,9 +166,9 @@ class Comparison:
             " surely than their intervals, each of a run alone, make it seem."
         ]
         if not self.same_text:
-            notes.append(
+            notes = [
                 "These runs were validated on different text: their bits per byte do not compare."
-            )
+            ]
         if not self.differences()[1]:
             notes.append("Their recipes are the same.")
         return notes

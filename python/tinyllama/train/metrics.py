@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,6 +89,10 @@ class Metrics:
 
     def _show(self, step: int, values: dict[str, object]) -> None:
         if self._board is not None:
+            if "recipe" in values:  # a beginning: no curves, but what a reader asks for
+                text = json.dumps(values, indent=4, ensure_ascii=False)
+                self._board.add_text("beginning", indent(text, "    "), step)
+                values = {}
             for field, value in values.items():
                 if isinstance(value, (int, float)) and not isinstance(value, bool):
                     self._board.add_scalar(field, value, step)

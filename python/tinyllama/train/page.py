@@ -114,6 +114,10 @@ def _beginning_rows(records: Records, beginning: dict[str, Any]) -> list[list[ob
     if "version" in beginning:
         first = next(record["began"] for record in records if "began" in record)
         rows.append(["begun", f"{first}; tinyllama {beginning['version']}"])
+    rows += [
+        ["gone on with", f"{record['began']}, from step {record['step']:,}"]
+        for record in [record for record in records if "began" in record][1:]
+    ]
     how = [str(beginning["device"])]
     if "dtype" in beginning:
         how += [beginning["dtype"], "compiled" if beginning["compiled"] else "not compiled"]
@@ -248,7 +252,11 @@ def _add_curves(page: Page, records: Records) -> None:
             axes.plot(*thinned(*series(records, "tokens", field)), lw=0.8, label=field)
         axes.set_ylim(bottom=0)
         dress(axes, "tokens", title)
-    page.figure(figure)
+    page.figure(
+        figure,
+        "The gradients' norm is that before clipping. The speed is that of the steps alone, without"
+        " validations, samples and checkpoints.",
+    )
 
 
 def _add_validations(page: Page, records: Records) -> None:
