@@ -12,6 +12,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("sentencepiece")
+from safetensors.torch import load_file  # noqa: E402
 
 from tiny_training import RECIPE, VOCAB, as_toml, learned, same, weights  # noqa: E402
 from tinyllama.config import Config  # noqa: E402
@@ -50,12 +51,12 @@ def torchrun(n: int, recipe: Recipe, data: Path, run: Path, **changes: object) -
     return in_processes(n, "-m", "tinyllama.train", *arguments)
 
 
-def in_processes(n: int, *program: str) -> str:
-    """Run it by torchrun in ``n`` processes: what they said."""
+def in_processes(n: int, *program: str, ends: bool = True) -> str:
+    """Run it by torchrun in ``n`` processes, which come to a good end or not: what they said."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(n), *program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode == 0) == ends, done.stderr[-3000:]
     return done.stdout + done.stderr
 
 
@@ -137,9 +138,17 @@ def test_a_checkpoint_of_four_goes_on_in_two_and_in_one(
     run = tmp_path / "run"
     first = dataclasses.replace(RECIPE, parallel="fsdp")
     stop_at(13, 4, first, tokens, run)
+    shares = sorted(find_checkpoint(run).glob("trainer*.safetensors"))
+    assert [file.name for file in shares] == [
+        f"trainer-0000{i}-of-00004.safetensors" for i in "1234"
+    ]
+    n_rows = [len(load_file(file)["muon/layers.0.w_up/momentum_buffer"]) for file in shares]
+    assert n_rows == [8, 8, 8, 5]  # of hidden_dim
     stop_at(27, 2, first, tokens, run)
     assert find_checkpoint(run).name == "step-00000027"
+    assert len(list(find_checkpoint(run).glob("trainer-*-of-00002.safetensors"))) == 2
     Trainer(RECIPE, tokens, run).train()
+    assert (find_checkpoint(run) / "trainer.safetensors").is_file()
     check_equal(run, alone["muon"])
 
 
@@ -161,7 +170,7 @@ def stop_at(step: int, n: int, recipe: Recipe, data: Path, run: Path) -> None:
     )
 
 
-def script(n: int, recipe: Recipe, data: Path, run: Path, *lines: str) -> str:
+def script(n: int, recipe: Recipe, data: Path, run: Path, *lines: str, ends: bool = True) -> str:
     """Train in ``n`` processes, which do ``lines`` before they begin: what they said."""
     file, config = run.with_suffix(".py"), run.with_suffix(".toml")
     begin = [
@@ -173,7 +182,7 @@ def script(n: int, recipe: Recipe, data: Path, run: Path, *lines: str) -> str:
     ]
     file.write_text("\n".join([*begin, *lines, "trainer.train()", "distributed.leave()"]))
     config.write_text(as_toml(recipe))
-    return in_processes(n, str(file), str(config), str(data), str(run))
+    return in_processes(n, str(file), str(config), str(data), str(run), ends=ends)
 
 
 def test_a_last_save_that_fails_on_the_first_rank_is_done_again_by_all(
@@ -195,6 +204,60 @@ def test_a_last_save_that_fails_on_the_first_rank_is_done_again_by_all(
     )
     assert "step 2 could not be saved, others stay: disk full" in said
     assert find_checkpoint(tmp_path / "run").name == "step-00000002"
+
+
+@pytest.mark.parametrize("rank, part", [(1, "_write_share"), (0, "_write_share"), (0, "_complete")])
+def test_a_share_that_cannot_be_written_costs_only_its_checkpoint(
+    rank: int, part: str, tokens: Path, tmp_path: Path
+) -> None:
+    recipe = dataclasses.replace(
+        RECIPE, steps=3, every_eval=0, every_save=1, every_sample=0, parallel="fsdp"
+    )
+    said = script(
+        2,
+        recipe,
+        tokens,
+        tmp_path / "run",
+        f"do, calls = checkpoint.{part}, []",
+        "def second_fails(*arguments):",
+        "    do(*arguments)",
+        "    calls.append(1)",
+        f"    if len(calls) == 2 and trainer.ranks.rank == {rank}:",
+        "        raise OSError('disk full')",
+        f"checkpoint.{part} = second_fails",
+    )
+    who = f"process {rank}: " if rank else ""
+    assert f"step 2 could not be saved, others stay: {who}disk full" in said
+    assert find_checkpoint(tmp_path / "run").name == "step-00000003"
+    hidden = {path.name for path in (tmp_path / "run").glob(".*")}
+    assert hidden == {".lock"}
+
+
+def test_a_rank_killed_in_a_save_leaves_the_checkpoint_before(
+    tokens: Path, tmp_path: Path, alone: dict[str, Trainer]
+) -> None:
+    run = tmp_path / "run"
+    recipe = dataclasses.replace(RECIPE, parallel="fsdp", every_eval=10, every_save=5)
+    said = script(
+        2,
+        recipe,
+        tokens,
+        run,
+        "import os, signal",
+        "write = checkpoint._write_share",
+        "def write_and_die(file, tensors):",
+        "    write(file, tensors)",
+        "    if trainer.ranks.rank == 1 and 'step-00000015' in file.name:",
+        "        os.kill(os.getpid(), signal.SIGKILL)",
+        "checkpoint._write_share = write_and_die",
+        ends=False,
+    )
+    assert "SIGKILL" in said
+    assert find_checkpoint(run).name == "step-00000010"
+    assert [path for path in run.iterdir() if ".step-00000015.trainer-" in path.name]
+    torchrun(2, recipe, tokens, run)
+    check_equal(run, alone["muon"])
+    assert {path.name for path in run.glob(".*")} == {".lock"}
 
 
 def test_the_ranks_share_every_window_once() -> None:

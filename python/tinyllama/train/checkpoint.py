@@ -2,6 +2,9 @@
 
 ``RUN/step-00001000/`` holds ``config.json``, ``model.safetensors`` and ``tokenizer.model``, which
 every Llama tool reads, and ``trainer.json`` and ``trainer.safetensors``, which only resuming needs.
+Ranks that share the optimizers' state write a file each (``trainer-00001-of-00004.safetensors`` and
+so on), and any number of ranks can go on from these.
+
 ``trainer.json`` is written last and has the SHA-256 of all other files. A folder gets its name once
 it is complete and on the disk; ``RUN/LATEST`` and ``RUN/BEST``, which name a folder each, are
 replaced after that, and only then old folders go. So whenever a process is killed, or a disk is
@@ -16,7 +19,6 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
 from concurrent import futures
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +28,7 @@ from ..files import whole_file, whole_folder
 from ..formats import read_checkpoint
 from ..formats.checkpoint import Checkpoint
 from ..loading import find_model
-from .distributed import shared_like, whole
+from .distributed import ALONE, Writers, share_of, shared_like, together, whole
 from .model import Llama, state_to_tensors, tensors_to_state
 from .recipe import FREE_SETTINGS, Recipe, flat, recipe_from_dict
 
@@ -65,11 +67,14 @@ class TrainerState:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A run at one step, copied, so that training may go on while it is written."""
+    """A run at one step, copied, so that training may go on while it is written.
+
+    ``checkpoint`` is None on all ranks but the first; ``optimizers`` is a rank's share.
+    """
 
     state: TrainerState
-    checkpoint: Checkpoint
-    optimizers: dict[str, Any]
+    checkpoint: Checkpoint | None
+    optimizers: dict[str, Tensor]
 
 
 def take_snapshot(
@@ -77,47 +82,48 @@ def take_snapshot(
     model: Llama,
     optimizers: dict[str, Optimizer],
     vocabulary: Vocabulary,
-    keep: bool = True,
-) -> Snapshot | None:
-    """Copy all that a checkpoint holds into main memory.
+    first: bool = True,
+) -> Snapshot:
+    """Copy what this rank writes of a checkpoint into main memory; all ranks have to call this.
 
-    Where ranks share the tensors all of them have to call this, and one needs to ``keep`` them.
+    The ``first`` has the weights, gathered: they are one file, which other tools read.
     """
-    weights = _gathered(model.state_dict(), keep)
-    moments = _gathered(optimizer_tensors(model, optimizers), keep)
-    if not keep:
-        return None
-    tensors, source = state_to_tensors(weights), f"step {state.step}"
-    return Snapshot(
-        state,
-        Checkpoint(model.config, tensors, vocabulary, source=source),
-        moments,
-    )
-
-
-def _gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """Copies in main memory, where they are to be kept."""
-    found = {}
-    for name, tensor in tensors.items():
+    weights = {}
+    for name, tensor in model.state_dict().items():
         full = whole(tensor.detach())
-        if keep:  # one at a time, or a device would have to hold all that the ranks share
-            found[name] = full.to("cpu", copy=True).contiguous()
-    return found
+        if first:  # one at a time, or a device would have to hold all that the ranks share
+            weights[name] = _copied(full)
+    moments = {}
+    for name, tensor in optimizer_tensors(model, optimizers).items():
+        rows = share_of(tensor)
+        if rows is not tensor or first:  # what all have is the first one's to write
+            moments[name] = _copied(rows)
+    checkpoint = None
+    if first:
+        tensors, source = state_to_tensors(weights), f"step {state.step}"
+        checkpoint = Checkpoint(model.config, tensors, vocabulary, source=source)
+    return Snapshot(state, checkpoint, moments)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.to("cpu", copy=True).contiguous()
 
 
 class Saver:
     """Writes snapshots into ``run`` on a thread of its own, one after the other, and keeps the last
-    ``n_kept`` (0: all) and the best."""
+    ``n_kept`` (0: all) and the best. Each of the ``writers`` has one."""
 
-    def __init__(self, run: Path, n_kept: int) -> None:
-        self.run, self.n_kept = run, n_kept
+    def __init__(self, run: Path, n_kept: int, writers: Writers) -> None:
+        self.run, self.n_kept, self.writers = run, n_kept, writers
         self._thread = futures.ThreadPoolExecutor(1, thread_name_prefix="saver")
         self._writing: futures.Future[Path] | None = None
 
     def start(self, snapshot: Snapshot) -> None:
         """Write it in the background, after the one before. Raises what :meth:`wait` does."""
         self.wait()
-        self._writing = self._thread.submit(write_checkpoint, self.run, snapshot, self.n_kept)
+        self._writing = self._thread.submit(
+            write_checkpoint, self.run, snapshot, self.n_kept, self.writers
+        )
 
     def wait(self) -> None:
         """Wait for what is being written. Raises OSError when that failed; told once."""
@@ -133,38 +139,71 @@ class Saver:
             futures.wait([self._writing])  # what stops the training does not stop it
 
 
-def write_checkpoint(run: Path, snapshot: Snapshot, n_kept: int) -> Path:
+def write_checkpoint(run: Path, snapshot: Snapshot, n_kept: int, writers: Writers = ALONE) -> Path:
     """Write ``run/step-N``, then point LATEST at it and BEST at the best, then drop old ones.
 
+    Of several ``writers`` each writes its share, and once all have, the first one the rest.
     Raises OSError when it cannot be written; then nothing new is left and the earlier
     checkpoints stand as they were.
     """
+    folder = run / f"step-{snapshot.state.step:08d}"
+    shares = [run / f".{folder.name}.{name}" for name in writers.file_names("trainer.safetensors")]
+    mine, problem = shares[writers.rank], "was stopped"
+    try:
+        if snapshot.checkpoint is not None:
+            _clear_up(run, but=f".{folder.name}.trainer")  # others may be writing theirs
+        _write_share(mine, snapshot.optimizers)
+        problem = ""
+    except OSError as error:
+        problem = str(error)
+        raise
+    finally:
+        problems = [f"process {i}: {p}" for i, p in enumerate(writers.tell(problem)) if p]
+        if problems:
+            mine.unlink(missing_ok=True)
+    if problems:  # of others
+        raise OSError("; ".join(problems))
+    if snapshot.checkpoint is not None:
+        try:
+            _complete(folder, snapshot.state, snapshot.checkpoint, shares)
+        finally:
+            for share in shares:
+                share.unlink(missing_ok=True)
+        _point(run / "LATEST", folder.name)
+        point_to_best(run)
+        _drop_old(run, n_kept)
+    return folder
+
+
+def _write_share(file: Path, tensors: dict[str, Tensor]) -> None:
+    """On disk when this returns: other ranks cannot see to that."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    try:
+        save_file(tensors, file)
+    except SafetensorError as error:  # its name for what the system says
+        raise OSError(f"{file}: {error}") from None
+    with open(file, "r+b") as stream:
+        os.fsync(stream.fileno())
+
+
+def _complete(folder: Path, state: TrainerState, weights: Checkpoint, shares: list[Path]) -> None:
+    """Make ``folder``, with the shares of the optimizers' state that all ranks have written."""
     from ..formats.hf import save_hf
 
-    state = snapshot.state
-    folder = run / f"step-{state.step:08d}"
-    _clear_up(run)
-    if _target(run / "LATEST") == folder.name and (folder / "trainer.json").is_file():
+    if _target(folder.with_name("LATEST")) == folder.name and (folder / "trainer.json").is_file():
         # The same weights, perhaps scored since.
         with whole_file(folder / "trainer.json") as file:
             file.write(_manifest(folder, state))
-    else:
-        _remove(folder)  # written before a crash that came before LATEST
-        with whole_folder(folder) as part:
-            save_hf(snapshot.checkpoint, part)
-            try:
-                save_file(snapshot.optimizers, part / "trainer.safetensors")
-            except SafetensorError as error:  # its name for what the system says
-                raise OSError(f"{folder / 'trainer.safetensors'}: {error}") from None
-            shutil.copymode(part / "config.json", part / "trainer.safetensors")  # it was private
-            (part / "trainer.json").write_bytes(_manifest(part, state))
-    _point(run / "LATEST", folder.name)
-    point_to_best(run)
-    _drop_old(run, n_kept)
-    return folder
+        return
+    _remove(folder)  # written before a crash that came before LATEST
+    with whole_folder(folder) as part:
+        save_hf(weights, part)
+        for share in shares:
+            shutil.copymode(part / "config.json", share)  # it was private
+            os.replace(share, part / share.name.removeprefix(f".{folder.name}."))
+        (part / "trainer.json").write_bytes(_manifest(part, state))
 
 
 def best_checkpoint(run: Path) -> tuple[float, Path] | None:
@@ -350,15 +389,22 @@ def start_from(name: str, model: Llama, vocabulary: Vocabulary) -> None:
 
 
 def load_optimizers(folder: Path, model: Llama, optimizers: dict[str, Optimizer]) -> None:
-    """Put ``trainer.safetensors`` back into the optimizers. Raises FormatError if it differs."""
+    """Put what ``trainer*.safetensors`` hold, each some rows, back into the optimizers.
+
+    Raises FormatError if that differs.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    source = folder / "trainer.safetensors"
-    try:
-        tensors = load_file(source)
-    except SafetensorError as error:
-        raise FormatError(f"{source}: damaged: {error}") from None
+    rows: dict[str, list[Tensor]] = {}
+    source = folder
+    for source in sorted(folder.glob("trainer*.safetensors")):
+        try:
+            for name, tensor in load_file(source).items():
+                rows.setdefault(name, []).append(tensor)
+        except SafetensorError as error:
+            raise FormatError(f"{source}: damaged: {error}") from None
+    tensors = {name: together(parts) for name, parts in rows.items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for kind, optimizer in optimizers.items():
         for group in optimizer.param_groups:
@@ -421,10 +467,11 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(nameless)
 
 
-def _clear_up(run: Path) -> None:
-    """What killed processes have left of folders, pointers and pages."""
+def _clear_up(run: Path, but: str) -> None:
+    """What killed processes have left of folders, pointers and pages, ``but`` of those so named."""
     names = ("*step-*", "LATEST.*", "BEST.*", "metrics.jsonl.*", "report.html.*")
-    for left in [path for name in names for path in run.glob(f".{name}")]:
+    found = [path for name in names for path in run.glob(f".{name}")]
+    for left in [path for path in found if not path.name.startswith(but)]:
         if left.is_dir():
             shutil.rmtree(left)
         else:

@@ -1,8 +1,9 @@
 """Training on many devices and machines: PyTorch's own engine, in processes that torchrun starts.
 
 Each process is a rank. All read the same tokens and checkpoints from disk, each trains on its own
-share of every step's windows, and only the first one writes and talks. Of a process that torchrun
-did not start there is one rank, and nothing here costs it anything.
+share of every step's windows, and the first one writes and talks; where the ranks share the
+optimizers' state, each writes its own. Of a process that torchrun did not start there is one rank,
+and nothing here costs it anything.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import os
 import warnings
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,12 +23,44 @@ try:
     from torch import Tensor, nn
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, fully_shard
-    from torch.distributed.tensor import DTensor, distribute_tensor
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
     from torch.nn.parallel import DistributedDataParallel
 except ImportError as error:
     raise MissingExtraError(error.name or "torch", "train") from error
 
 from .model import Llama
+
+
+@dataclass(frozen=True)
+class Writers:
+    """Those who write a checkpoint, each a share of it, seen from one of them.
+
+    They talk apart from the training, whose messages their ``group`` does not meet: by gloo, from
+    threads that write while it goes on.
+    """
+
+    rank: int
+    count: int
+    group: dist.ProcessGroup | None
+
+    def tell(self, text: str) -> list[str]:
+        """What each of them tells, in their order; all have to, and wait for each other."""
+        if self.group is None:
+            return [text]
+        texts = [""] * self.count
+        dist.all_gather_object(texts, text, group=self.group)
+        return texts
+
+    def file_names(self, name: str) -> list[str]:
+        """What the share of each is called: as Hugging Face names the parts of a file."""
+        if self.count == 1:
+            return [name]
+        stem, suffix = name.split(".")
+        return [f"{stem}-{i + 1:05d}-of-{self.count:05d}.{suffix}" for i in range(self.count)]
+
+
+# Where the first rank has all that is to be written.
+ALONE = Writers(0, 1, None)
 
 
 class Ranks:
@@ -42,6 +76,7 @@ class Ranks:
             torch.cuda.set_device(self.device)
         if self.count > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        self.writers = ALONE
 
     @property
     def is_first(self) -> bool:
@@ -83,6 +118,7 @@ class Ranks:
         for layer in model.layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        self.writers = Writers(self.rank, self.count, dist.new_group(backend="gloo"))
         return model
 
     def gradients(self, network: nn.Module, complete: bool) -> AbstractContextManager[object]:
@@ -107,6 +143,18 @@ class Ranks:
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor of which each rank has a share: all of them have to ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def share_of(tensor: Tensor) -> Tensor:
+    """Of a tensor that the ranks share this one's rows, on its device; any other as it is."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.redistribute(placements=[Shard(0)]).to_local()
+
+
+def together(shares: list[Tensor]) -> Tensor:
+    """A tensor from the rows of it that each rank had, in their order."""
+    return shares[0] if len(shares) == 1 else torch.cat(shares)
 
 
 def shared_like(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ class Trainer:
         self._unmetered = self.state.step - self.metrics.last("metered_steps")
         self._has_told_of_metrics = False
         self.rates: dict[str, float] = {}
-        self._saver = Saver(self.run, recipe.keep_checkpoints)
+        self._saver = Saver(self.run, recipe.keep_checkpoints, self.ranks.writers)
         self._saved_step = self.state.step if previous is not None else -1
         if previous is not None and self.ranks.is_first:
             point_to_best(self.run)  # a save may have been killed before it came to that
@@ -316,7 +316,7 @@ class Trainer:
         snapshot = take_snapshot(
             self.state, self.model, self.optimizers, self.vocabulary, self.ranks.is_first
         )
-        if snapshot is not None:
+        if self.ranks.is_first or self.ranks.writers.count > 1:
             self._saver.start(snapshot)
         self._saved_step = self.state.step
 
