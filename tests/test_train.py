@@ -23,7 +23,7 @@ pytest.importorskip("tqdm")
 from tiny_training import CONFIG, RECIPE, VOCAB, learned, same, weights  # noqa: E402
 from tinyllama.errors import ConfigError, FormatError, NonFiniteError  # noqa: E402
 from tinyllama.formats import read_checkpoint  # noqa: E402
-from tinyllama.train import checkpoint as checkpoints  # noqa: E402
+from tinyllama.train import saving  # noqa: E402
 from tinyllama.train.batches import TokenFolder, Windows  # noqa: E402
 from tinyllama.train.checkpoint import find_checkpoint, load_state, load_weights  # noqa: E402
 from tinyllama.train.model import Llama, drop  # noqa: E402
@@ -290,9 +290,9 @@ def test_a_save_that_fails_leaves_the_earlier_checkpoint(
         if failing == "save_hf":
             patch.setattr("tinyllama.formats.hf.save_hf", full)
         elif failing == "trainer.json":
-            patch.setattr(checkpoints, "_manifest", full)
+            patch.setattr(saving, "_manifest", full)
         else:
-            patch.setattr(checkpoints, "whole_file", full)
+            patch.setattr(saving, "whole_file", full)
         with pytest.raises(OSError, match="No space left"):
             trainer.save()
     assert load_state(find_checkpoint(tmp_path)).step == 1

@@ -33,9 +33,14 @@ import tqdm  # noqa: E402
 
 from tiny_training import RECIPE, learned, same, weights  # noqa: E402
 from tinyllama.formats import hf  # noqa: E402
-from tinyllama.train import checkpoint as checkpoints  # noqa: E402
+from tinyllama.train import saving  # noqa: E402
 from tinyllama.train import trainer as training  # noqa: E402
-from tinyllama.train.checkpoint import check_files, find_checkpoint, load_state  # noqa: E402
+from tinyllama.train.checkpoint import (  # noqa: E402
+    best_checkpoint,
+    check_files,
+    find_checkpoint,
+    load_state,
+)
 from tinyllama.train.metrics import read_records  # noqa: E402
 from tinyllama.train.trainer import Trainer  # noqa: E402
 from tinyllama.train.validate import Validation  # noqa: E402
@@ -129,7 +134,7 @@ def test_killed_at_every_file_operation_of_a_save(
         trainer.step()
         trainer.evaluate()
         trainer.save()
-    _, best = checkpoints.best_checkpoint(before) or (None, None)
+    _, best = best_checkpoint(before) or (None, None)
     status, n = None, 0
     while status is None:
         n += 1
@@ -299,14 +304,14 @@ def test_a_best_that_was_saved_is_the_best_wherever_the_process_was_killed(
     judged = Judged(monkeypatch, scores)
 
     def until_killed() -> None:
-        point = checkpoints._point
+        point = saving._point
 
         def die_between(pointer: Path, name: str) -> None:
             if pointer.name == "BEST" and name == f"step-{killed:08d}":
                 os.kill(os.getpid(), signal.SIGKILL)
             point(pointer, name)
 
-        checkpoints._point = die_between  # type: ignore[assignment]
+        saving._point = die_between  # type: ignore[assignment]
         judged.train(tokens, tmp_path, steps=8, keep_checkpoints=1)
 
     assert in_a_child(until_killed) is None
@@ -323,12 +328,12 @@ def test_a_damaged_checkpoint_is_not_the_best(tmp_path: Path) -> None:
         folder.mkdir()
         values = {"format": "tinyllama-trainer", "version": 1, "files": {}, "bits_per_byte": score}
         (folder / "trainer.json").write_text(json.dumps(values))
-    assert checkpoints.best_checkpoint(tmp_path) is None
+    assert best_checkpoint(tmp_path) is None
     (tmp_path / "LATEST").write_text("step-00000005\n")
-    best = checkpoints.best_checkpoint(tmp_path)
+    best = best_checkpoint(tmp_path)
     assert best == (1.0, tmp_path / "step-00000002")
     (tmp_path / "step-00000002" / "trainer.json").write_text("{")
-    checkpoints.point_to_best(tmp_path)
+    saving.point_to_best(tmp_path)
     assert (tmp_path / "BEST").read_text() == "step-00000003\n"
 
 

@@ -175,7 +175,7 @@ def script(n: int, recipe: Recipe, data: Path, run: Path, *lines: str, ends: boo
     file, config = run.with_suffix(".py"), run.with_suffix(".toml")
     begin = [
         "import sys",
-        "from tinyllama.train import checkpoint, distributed",
+        "from tinyllama.train import distributed, saving",
         "from tinyllama.train.recipe import load_recipe",
         "from tinyllama.train.trainer import Trainer",
         "trainer = Trainer(load_recipe(sys.argv[1]), sys.argv[2], sys.argv[3])",
@@ -194,13 +194,13 @@ def test_a_last_save_that_fails_on_the_first_rank_is_done_again_by_all(
         recipe,
         tokens,
         tmp_path / "run",
-        "write, failed = checkpoint.write_checkpoint, []",
+        "write, failed = saving.write_checkpoint, []",
         "def fail_once(*arguments):",
         "    if not failed:",
         "        failed.append(True)",
         "        raise OSError('disk full')",
         "    return write(*arguments)",
-        "checkpoint.write_checkpoint = fail_once",
+        "saving.write_checkpoint = fail_once",
     )
     assert "step 2 could not be saved, others stay: disk full" in said
     assert find_checkpoint(tmp_path / "run").name == "step-00000002"
@@ -218,13 +218,13 @@ def test_a_share_that_cannot_be_written_costs_only_its_checkpoint(
         recipe,
         tokens,
         tmp_path / "run",
-        f"do, calls = checkpoint.{part}, []",
+        f"do, calls = saving.{part}, []",
         "def second_fails(*arguments):",
         "    do(*arguments)",
         "    calls.append(1)",
         f"    if len(calls) == 2 and trainer.ranks.rank == {rank}:",
         "        raise OSError('disk full')",
-        f"checkpoint.{part} = second_fails",
+        f"saving.{part} = second_fails",
     )
     who = f"process {rank}: " if rank else ""
     assert f"step 2 could not be saved, others stay: {who}disk full" in said
@@ -244,12 +244,12 @@ def test_a_rank_killed_in_a_save_leaves_the_checkpoint_before(
         tokens,
         run,
         "import os, signal",
-        "write = checkpoint._write_share",
+        "write = saving._write_share",
         "def write_and_die(file, tensors):",
         "    write(file, tensors)",
         "    if trainer.ranks.rank == 1 and 'step-00000015' in file.name:",
         "        os.kill(os.getpid(), signal.SIGKILL)",
-        "checkpoint._write_share = write_and_die",
+        "saving._write_share = write_and_die",
         ends=False,
     )
     assert "SIGKILL" in said

@@ -14,7 +14,6 @@ from .._core import __version__
 from ..errors import ConfigError, MissingExtraError, NonFiniteError
 from .batches import UNSCORED, TokenFolder, Windows
 from .checkpoint import (
-    Saver,
     TrainerState,
     best_checkpoint,
     check_files,
@@ -22,10 +21,8 @@ from .checkpoint import (
     load_optimizers,
     load_state,
     load_weights,
-    point_to_best,
     previous_run,
     start_from,
-    take_snapshot,
 )
 from .recipe import PROMPTS, Recipe
 
@@ -54,6 +51,7 @@ from .page import run_page
 from .pairs import PairWindows
 from .peak import measure_peak
 from .progress import Progress, stop_on_signals
+from .saving import Saver, point_to_best, take_snapshot
 from .validate import beginnings, tell, validate
 
 EVERY_LOG = 10
