@@ -120,6 +120,7 @@ def straight(tokens: Path, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     return trainer
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("saved", [0, 1, 3])
 def test_killed_at_every_file_operation_of_a_save(
     tokens: Path,

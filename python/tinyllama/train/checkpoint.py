@@ -231,38 +231,34 @@ def load_optimizers(folder: Path, model: Llama, optimizers: dict[str, Optimizer]
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    rows: dict[str, list[Tensor]] = {}
+    shares: dict[str, list[Tensor]] = {}  # maps of the files: put together one at a time
     source = folder
     for source in sorted(folder.glob("trainer*.safetensors")):
         try:
-            for name, tensor in load_file(source).items():
-                rows.setdefault(name, []).append(tensor)
+            for name, rows in load_file(source).items():
+                shares.setdefault(name, []).append(rows)
         except SafetensorError as error:
             raise FormatError(f"{source}: damaged: {error}") from None
-    tensors = {name: together(parts) for name, parts in rows.items()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for kind, optimizer in optimizers.items():
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 prefix = f"{kind}/{names[id(parameter)]}/"
-                found = {
-                    key[len(prefix) :]: tensors.pop(key)
-                    for key in list(tensors)
-                    if key.startswith(prefix)
-                }
-                if not found:
-                    raise FormatError(f"{source}: nothing for {prefix[:-1]}")
-                for key, tensor in found.items():
+                found = {}
+                for key in [key for key in shares if key.startswith(prefix)]:
+                    tensor = together(shares.pop(key))
                     if tensor.dim() and tensor.shape != parameter.shape:
-                        raise FormatError(f"{source}: {prefix + key} has another shape")
-                    found[key] = (
+                        raise FormatError(f"{source}: {key} has another shape")
+                    found[key[len(prefix) :]] = (
                         shared_like(tensor, parameter)
                         if tensor.dim()
                         else tensor.to(parameter.device)
                     )
+                if not found:
+                    raise FormatError(f"{source}: nothing for {prefix[:-1]}")
                 optimizer.state[parameter] = found
-    if tensors:
-        raise FormatError(f"{source}: unknown tensor {next(iter(tensors))}")
+    if shares:
+        raise FormatError(f"{source}: unknown tensor {next(iter(shares))}")
 
 
 def named_by(pointer: Path) -> str:
