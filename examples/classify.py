@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 import xml.etree.ElementTree as ET
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +76,9 @@ def read(path: str, columns: list[str], label: str) -> list[Example]:
 def baselines(train: list[Example], test: list[Example]) -> dict[str, list[str]]:
     """What the two baselines say of each test example."""
     texts, labels = ["\n".join(t) for t, _ in train], [label for _, label in train]
-    words = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True)
+    # Words that only one example has are left out, where there are enough to choose from.
+    least = 2 if len(train) > 100 else 1
+    words = TfidfVectorizer(ngram_range=(1, 2), min_df=least, sublinear_tf=True)
     models = {
         "majority class": DummyClassifier(strategy="most_frequent"),
         "TF-IDF, logistic regression": make_pipeline(words, LogisticRegression(max_iter=1000)),
@@ -197,10 +200,18 @@ def main() -> None:
             f"{args.model}: no Hugging Face folder; `tinyllama export … --to hf DIR` makes one"
         )
     train = read(args.train, args.text, args.label)
+    by = [label for _, label in train]
+    rarest, n_rarest = Counter(by).most_common()[-1]
+    if n_rarest == len(by):
+        raise SystemExit(f"{args.train}: all {n_rarest} examples have the label {rarest!r}")
     if args.test:
         test = read(args.test, args.text, args.label)
+    elif n_rarest < 5:
+        raise SystemExit(
+            f"{args.train}: label {rarest!r} has {n_rarest} examples, too few to hold a fifth out;"
+            " --test names a file of others"
+        )
     else:
-        by = [label for _, label in train]
         train, test = train_test_split(train, test_size=0.2, random_state=0, stratify=by)
     names = sorted({label for _, label in train})
     expected = [label for _, label in test]

@@ -93,7 +93,13 @@ def test_a_run_as_it_was(run: Path, tmp_path: Path) -> None:
 
     # batch_size 2 × grad_accum 2 × seq_len 16
     want = [
-        [str(step), str(step * 64), f"{math.exp(r['valid_nats']):.3f}", f"{r['bits_per_byte']:.4f}"]
+        [
+            str(step),
+            str(step * 64),
+            f"{math.exp(r['valid_nats']):.3f}",
+            f"{r['bits_per_byte']:.4f}"
+            f" ± {1.96 * r['standard_error'] / r['valid_nats'] * r['bits_per_byte']:.4f}",
+        ]
         for step, r in scores.items()
         if step <= state["step"]
     ]
@@ -103,6 +109,7 @@ def test_a_run_as_it_was(run: Path, tmp_path: Path) -> None:
     assert "`every_eval`" not in recipe
     assert rows(text, "Text it was trained on")[-1][:2] == ["all", "50"]
     assert "Held out of it: 10 documents" in text
+    assert "| context | 32 tokens, trained in windows of 16 |" in text
     assert "Not measured." in text
     for part in ("Tells *tiny* stories.", "Knows fourteen words.", "title = {Contos: pequenos}"):
         assert part in text

@@ -104,6 +104,20 @@ def test_fewer_examples_than_a_batch_are_learned_all_the_same(
         assert script["predict"](classifier, rows, 32) == labels
 
 
+@pytest.mark.parametrize(
+    "labels, message",
+    [(["e"] * 9, "all 9 examples have the label 'e'"), (["e"] * 9 + ["o"], "'o' has 1 examples")],
+)
+def test_labels_that_cannot_be_learned(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, labels: list[str], message: str
+) -> None:
+    (tmp_path / "data.csv").write_text("\n".join(["text,kind", *(f"a,{x}" for x in labels)]))
+    arguments = ["--train", tmp_path / "data.csv", "--text", "text", "--label", "kind"]
+    monkeypatch.setattr("sys.argv", list(map(str, [SCRIPT, model, *arguments])))
+    with pytest.raises(SystemExit, match=message):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
 def test_it_learns_and_stands_beside_the_baselines(
     tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -375,6 +375,22 @@ def test_bytes_that_are_not_of_the_named_encoding(tmp_path):
             check(path, encoding=unknown)
 
 
+def test_utf8_is_not_read_as_another_encoding(tmp_path):
+    story = "Es war einmal ein Bär. Der hörte Flöhe, schöne grüne: äöüßÄÖÜ."
+    (tmp_path / "old.txt").write_bytes(story.encode("windows-1252"))
+    (tmp_path / "new.txt").write_bytes(story.encode())
+    assert texts(tmp_path / "old.txt", encoding="windows-1252") == [story]
+    assert texts(tmp_path / "new.txt", encoding="utf-8-sig") == [story]
+    for encoding in ("windows-1252", "gb18030"):
+        with pytest.raises(FormatError, match=rf"new.txt: is UTF-8, not {encoding}: name files of"):
+            check(tmp_path / "new.txt", encoding=encoding)
+    (tmp_path / "new.txt.gz").write_bytes(gzip.compress((story * 500).encode()))
+    with pytest.raises(FormatError, match=r"new.txt.gz: is UTF-8"):
+        texts(tmp_path / "new.txt.gz", encoding="windows-1252")
+    (tmp_path / "plain.txt").write_text("Only letters that all of them have. " * 100)
+    assert len(texts(tmp_path / "plain.txt", encoding="windows-1252")) == 1
+
+
 def test_what_is_counted_is_the_mended_text(tmp_path):
     pytest.importorskip("ftfy")
     quotes, space = "“a” " * 15, damage("\u2003")  # an em space and nothing else

@@ -109,7 +109,7 @@ def test_a_report_of_one_source_and_of_nothing(tmp_path):
     assert [name for name, _ in report.rows] == ["text"]
     assert report.total.kept.length(0.5) == 0
     report_page(report).write(tmp_path / "a.html")
-    assert "<td>empty</td>" in (tmp_path / "a.html").read_text()
+    assert "<td>empty, or pairs without a completion</td>" in (tmp_path / "a.html").read_text()
 
 
 @pytest.mark.parametrize("text", ["", "\n", "\n<|endoftext|>\n\n"])
@@ -118,7 +118,7 @@ def test_a_check_of_no_text_says_so(tmp_path, capsys, text):
     assert main(["data", "check", str(tmp_path / "a.txt")]) == 2
     printed = capsys.readouterr()
     assert "kept 0, 0 bytes" in printed.out
-    assert printed.err.endswith("tinyllama: error: the inputs hold no text\n")
+    assert printed.err.endswith("a.txt: there is no text\n")
 
 
 def test_a_page_that_cannot_be_written_is_refused_first(inputs, tmp_path, capsys):

@@ -79,12 +79,24 @@ def test_chinese(
     for name, n_documents in (("wikipedia", 60), ("sanguoyanyi", 9), ("shuihuzhuan", 9)):
         Path(f"{name}.txt").write_text(text(n_documents), encoding="utf-8")
     Path("xiyouji.txt").write_text(text(3), encoding="utf-8")
+    Path("old.txt").write_bytes(text(3).encode("gb18030"))
+    Path("mine").mkdir()
+    Path("mine/stories.txt").write_text(text(9), encoding="utf-8")
+    shape = ["vocab_size=700", "dim=24", "n_layers=1", "hidden_dim=32", "max_seq_len=64"]
+    tiny = " ".join(f"--set model.{setting}" for setting in shape)
     smaller = {
         "--vocab-size 3000": "--vocab-size 700",
         "--set steps=600": f"--set steps=2 {A_STEP}",
         "data prepare": "data prepare --workers 1",
+        "hf:RobinChen2001/TinyStories-Zh-1M": "novels.jsonl",
+        "train --preset stories-zh-93m": (
+            f"train --preset stories-zh-93m {tiny} --set steps=1 --set seq_len=16 {A_STEP}"
+        ),
     }
-    assert run_page("chinese.md", smaller) == 8
+    records = [json.dumps({"text": part}) for part in text(40).split(SEPARATOR)]
+    Path("novels.jsonl").write_text("\n".join(records), encoding="utf-8")
+    assert run_page("chinese.md", smaller) == 12
+    assert set(Path("new.txt").read_text(encoding="utf-8")) <= {*characters, *"。\n<|endoftext>"}
     said = capsys.readouterr().out
     assert "wiki: 60 documents" in said and "novels: 18 documents" in said
     assert "bits per byte" in said and "\n中国" in said

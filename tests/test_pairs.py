@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -129,6 +130,21 @@ def test_check_reads_pairs_and_does_not_mend_them(tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match="3 of the documents are pairs"):
         check(path, repair=tmp_path / "mended.txt")
     assert not (tmp_path / "mended.txt").exists()
+
+
+def test_pairs_without_a_completion_are_told_of(tmp_path: Path, capsys: Any) -> None:
+    pairs = [(f"Q{i}:", " yes." if i % 3 else " ") for i in range(90)]
+    path = write_pairs(tmp_path / "pairs.jsonl", pairs)
+    report = check(path).total
+    assert report.kept.documents == 60 and report.findings["empty"].count == 30
+    arguments = ["data", "prepare", str(path), "--tokenizer", "bundled", "--workers", "1"]
+    assert main([*arguments, "--out", str(tmp_path / "tokens")]) == 0
+    said = capsys.readouterr()
+    assert "left out: 30 documents, empty or pairs without" in said.out
+    assert "it has few in all" in said.err
+    manifest = json.loads((tmp_path / "tokens" / "manifest.json").read_text())
+    assert manifest["empty"] == 30
+    assert sum(split["pairs"] for split in manifest["splits"].values()) == 60
 
 
 def test_instruct_layout_ends_its_prompt_at_story(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
 
 from tiny_training import CONFIG, RECIPE, VOCAB, learned, same, weights  # noqa: E402
+from tinyllama.data.shards import prepare  # noqa: E402
 from tinyllama.errors import ConfigError, FormatError, NonFiniteError  # noqa: E402
 from tinyllama.formats import read_checkpoint  # noqa: E402
 from tinyllama.train import saving  # noqa: E402
@@ -388,9 +389,26 @@ def test_a_damaged_token_folder_is_refused(tokens: Path, tmp_path: Path) -> None
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(FormatError, match=r"manifest\.json: split valid: field 'file' is missing"):
         TokenFolder(tmp_path).split("valid")
-    (tmp_path / "manifest.json").write_text('{"format": "tinyllama-tokens", "version": 1}')
-    with pytest.raises(FormatError, match=r"manifest\.json.*'dtype'"):
-        TokenFolder(tmp_path)
+    for text, message in (
+        ('{"format": "tinyllama-tokens", "version": 1}', "field 'dtype' is missing or wrong"),
+        ("{bad", "not JSON: Expecting"),
+    ):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(FormatError, match=rf"manifest\.json: {message}"):
+            TokenFolder(tmp_path)
+
+
+def test_tokens_that_have_changed_are_refused(tokens: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("the big red dog ran and saw a tree " * 30)
+    data = tmp_path / "data"
+    prepare(tmp_path / "text.txt", tokens / "tokenizer.model", data, valid_fraction=0.0)
+    TokenFolder(data).check_files()
+    shard = bytearray((data / "train-00000.bin").read_bytes())
+    shard[4] ^= 1
+    (data / "train-00000.bin").write_bytes(shard)
+    with pytest.raises(FormatError, match=r"train-00000\.bin: is damaged"):
+        Trainer(RECIPE, data, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("dropout", "lost"), [(0.1, 26), (0.001, 1), (0.5, 128)])

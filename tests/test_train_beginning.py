@@ -17,9 +17,10 @@ pytest.importorskip("tqdm")
 
 from tiny_training import CONFIG, RECIPE, same, weights  # noqa: E402
 from tinyllama.train.device import pays_to_compile  # noqa: E402
+from tinyllama.train.model import Llama  # noqa: E402
 from tinyllama.train.recipe import PROMPTS  # noqa: E402
 from tinyllama.train.trainer import Trainer  # noqa: E402
-from tinyllama.train.validate import beginnings  # noqa: E402
+from tinyllama.train.validate import beginnings, byte_values, goes_on, tell  # noqa: E402
 from tinyllama.words import first_words  # noqa: E402
 
 
@@ -100,6 +101,35 @@ def test_samples_begin_as_held_out_documents_do(tokens: Path, tmp_path: Path) ->
     del manifest["splits"]["valid"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert Trainer(RECIPE, tmp_path, tmp_path / "none").prompts == list(PROMPTS)
+
+
+def test_samples_never_break_a_character(tokens: Path, tmp_path: Path) -> None:
+    """Of a model that knows nothing, which would draw single bytes nine times in ten."""
+    model = Llama(dataclasses.replace(RECIPE.model, max_seq_len=200))
+    tokenizer = Trainer(RECIPE, tokens, tmp_path).tokenizer
+    values = byte_values(tokenizer)
+    assert sorted(values[values >= 0]) == list(range(256))
+    for seed in range(5):
+        assert "\ufffd" not in tell(model, tokenizer, "the", seed=seed)
+    for begun in (b"", b"\xe4", b"\xe4\xb8", b"\xf0\x9f\x98", b"\xed"):
+        allowed = goes_on(values, begun)
+        for token, value in enumerate(values):
+            text = begun + (bytes([value]) if value >= 0 else b"a")
+            # What UTF-8 can go on from is what some text begins with.
+            fits = any(_is_text(text + rest) for rest in RESTS)
+            assert allowed[token] == fits, (begun, value)
+
+
+SECOND = (0x80, 0x90, 0xA0)  # what may follow a first byte hangs on it
+RESTS = [b"", *(bytes([a, *more]) for a in SECOND for more in ((), (0x80,), (0x80, 0x80)))]
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def test_first_words_are_those_of_any_script() -> None:

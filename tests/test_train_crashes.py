@@ -32,6 +32,7 @@ import safetensors.torch  # noqa: E402
 import tqdm  # noqa: E402
 
 from tiny_training import RECIPE, learned, same, weights  # noqa: E402
+from tinyllama.errors import FormatError  # noqa: E402
 from tinyllama.formats import hf  # noqa: E402
 from tinyllama.train import saving  # noqa: E402
 from tinyllama.train import trainer as training  # noqa: E402
@@ -40,7 +41,9 @@ from tinyllama.train.checkpoint import (  # noqa: E402
     check_files,
     find_checkpoint,
     load_state,
+    read_start,
 )
+from tinyllama.train.export import export  # noqa: E402
 from tinyllama.train.metrics import read_records  # noqa: E402
 from tinyllama.train.trainer import Trainer  # noqa: E402
 from tinyllama.train.validate import Validation  # noqa: E402
@@ -252,6 +255,10 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(
     file.write_bytes(data)
     with pytest.raises(Exception, match=r"trainer.safetensors: is damaged.*step-00000001"):
         Trainer(RECIPE, tokens, tmp_path)
+    for use in (lambda: export(tmp_path, tmp_path / "m.gguf"), lambda: read_start(str(tmp_path))):
+        with pytest.raises(FormatError, match=r"trainer.safetensors: is damaged"):
+            use()
+    assert not (tmp_path / "m.gguf").exists()
     (tmp_path / "LATEST").write_text("step-00000001\n")
     assert Trainer(RECIPE, tokens, tmp_path).state.step == 1
 

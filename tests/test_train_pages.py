@@ -309,7 +309,7 @@ def test_a_comparison_that_says_nothing_says_so(tmp_path: Path, capsys: Any) -> 
         ([a], ArgumentError, "two runs or more"),
         ([a, b, a], ArgumentError, "named twice"),
         ([a, c], ArgumentError, "c has no validation yet"),
-        ([a, tmp_path / "d"], OSError, "d.metrics.jsonl"),
+        ([a, tmp_path / "d"], OSError, "d: no training run: it has no metrics.jsonl"),
     ):
         with pytest.raises(error, match=message):
             Comparison(runs)

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from .data.documents import SEPARATOR, Documents
+from .data.sources import listed
 from .errors import ArgumentError, MissingExtraError
 from .files import check_place, whole_file
 from .formats.checkpoint import Vocabulary
@@ -81,7 +82,8 @@ def train(
             raise ArgumentError(f"{name} is {value}, expected {low} to {high}")
     lines = _sample(_lines(Documents(inputs, field=field, separator=separator)), sample_lines, seed)
     if not lines:
-        raise ArgumentError("the inputs hold no text to learn from")
+        names = ", ".join(map(str, listed(inputs)))
+        raise ArgumentError(f"{names}: there is no text to learn from")
     alphabet = _alphabet(lines, character_coverage, vocab_size - n_special)
     model = _fit(_keep(lines, alphabet), vocab_size, byte_fallback, split_digits)
     vocabulary = read_sentencepiece(model, source=str(out))

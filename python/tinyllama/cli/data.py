@@ -76,8 +76,8 @@ def _register_check(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--encoding",
         metavar="E",
-        help=f"the encoding of the inputs, where it is not UTF-8: {ENCODINGS}, utf-16, …; the"
-        " repaired text is UTF-8",
+        help=f"the encoding of all inputs, where it is not UTF-8: {ENCODINGS}, utf-16, …; the"
+        " repaired text is UTF-8. Files of several encodings take a command for each",
     )
     parser.add_argument(
         "--repair",
@@ -184,7 +184,7 @@ def run_check(args: argparse.Namespace) -> None:
         report_page(report).write(args.report)
         print(f"wrote {args.report}")
     if not report.total.kept.documents:
-        raise ArgumentError("the inputs hold no text")
+        raise ArgumentError(f"{', '.join(args.inputs)}: there is no text")
 
 
 def _print_report(report: Report, repaired: bool) -> None:
@@ -241,6 +241,8 @@ def run_prepare(args: argparse.Namespace) -> None:
             print(f"{title}: {count['documents']:,} documents, {tokens:,} tokens{rate}{pairs}")
     if manifest["left_out"]:
         print(f"left out of train: {manifest['left_out']:,} documents that valid has")
+    if manifest["empty"]:
+        print(f"left out: {manifest['empty']:,} documents, empty or pairs without a completion")
     _hint_at_tokenizer(manifest)
     _hint_at_validation(manifest)
     print(f"wrote {args.out}")
@@ -253,11 +255,8 @@ def _hint_at_validation(manifest: dict[str, Any]) -> None:
     n_documents = valid + splits["train"]["documents"]
     if 0 < valid < FEW_DOCUMENTS < n_documents / 2:
         share = math.ceil(100 * FEW_DOCUMENTS / n_documents) / 100
-        print(
-            f"tinyllama: scores will hang on {valid} held-out documents; --valid-fraction"
-            f" {share:g} holds out more",
-            file=sys.stderr,
-        )
+        more = f"--valid-fraction {share:g} holds out more" if share <= 0.2 else "it has few in all"
+        print(f"tinyllama: scores will hang on {valid} held-out documents; {more}", file=sys.stderr)
 
 
 def _hint_at_tokenizer(manifest: dict[str, Any]) -> None:

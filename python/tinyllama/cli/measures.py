@@ -109,7 +109,10 @@ def _prompts(model: Model, args: argparse.Namespace) -> Prompts:
     from ..evaluate.prompts import cut_documents, read_prompts, shipped
 
     if args.cut:
-        prompts = cut_documents(model, Documents(args.cut, field=args.field), args.seed)
+        try:
+            prompts = cut_documents(model, Documents(args.cut, field=args.field), args.seed)
+        except ArgumentError as error:
+            raise ArgumentError(f"--cut {args.cut}: {error}") from None
     else:
         prompts = read_prompts(args.prompts) if args.prompts else shipped()
     if args.max_prompts:

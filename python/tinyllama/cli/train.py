@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, MissingExtraError
 from ..report import check_page_place
 
 if TYPE_CHECKING:
@@ -159,6 +160,8 @@ def train(args: argparse.Namespace) -> int:
         raise ArgumentError("--fast takes the [fast] section of a --preset or a --config")
     if not (args.data and args.out):
         raise ArgumentError("train needs --data and --out")
+    if find_spec("torch") is None:  # said before anything is looked for
+        raise MissingExtraError("torch", "train")
     settings = [*args.set]
     if args.tensorboard:
         settings.append("tensorboard=true")

@@ -34,7 +34,7 @@ FINDINGS = {
     "lost": ("with U+FFFD, a character lost before", "kept as they are"),
     "duplicates": ("duplicates of an earlier one", "dropped"),
     "near": ("near duplicates of an earlier one", "dropped"),
-    "empty": ("empty", "dropped"),
+    "empty": ("empty, or pairs without a completion", "dropped"),
     "over_long": ("too long", "cut at paragraphs"),
 }
 MAX_EXAMPLES = 3
@@ -247,7 +247,8 @@ def _sound(documents: Documents, report: Report, max_bytes: int, texts: BinaryIO
     """The documents that are neither empty nor repeated, their encoding mended."""
     seen: set[bytes] = set()
     near = NearDuplicates(report.near, texts) if report.near is not None else None
-    for where, original in documents:
+    for where, pair in documents.pairs():
+        original = "".join(pair)
         source = report.sources[documents.source]
         found = source.findings
         text = mend_encoding(original)
@@ -258,7 +259,7 @@ def _sound(documents: Documents, report: Report, max_bytes: int, texts: BinaryIO
         if "\ufffd" in text:
             at = text.index("\ufffd")
             found["lost"].add(f"{where}: {text[max(0, at - 20) : at + 20]!r}")
-        if not text.strip():
+        if not text.strip() or not pair.completion.strip():
             found["empty"].add(where)
             continue
         if (key := text_key(text)) in seen:

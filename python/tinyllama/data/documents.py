@@ -25,6 +25,9 @@ PAIR_FIELDS = ("prompt", "completion")
 # not UTF-8: so large a part of the file (some pairs of GB 18030 do pass for UTF-8), or more than
 # continue a character of UTF-8. Which encoding, they do not tell: each has letters for most bytes.
 MAX_STRAY_BYTES, MAX_STRAY_SHARE = 20, 0.05
+# A file is in UTF-8, whatever other encoding was named for it, when its beginning is, with at least
+# so many characters of several bytes. A few of GB 18030 may pass for UTF-8 as well; not this many.
+LEAST_UTF8 = 10
 ENCODINGS = "windows-1252 (Western Europe), iso-8859-2 (Central Europe), gb18030 (Chinese)"
 
 
@@ -59,10 +62,12 @@ class Documents:
     Pairs keep their white space. With ``instruct`` each text becomes one: see ``split_instruct``.
 
     Text is UTF-8, but for files of other kinds than Parquet when ``encoding`` names another, one
-    that Python knows: then all of them are in it. ``replace_invalid``: bytes that are not UTF-8
-    are taken as Windows-1252, those that are not in ``encoding`` become U+FFFD, and the callable
-    is told where, with the text around them; without it they are a FormatError, like every damaged
-    file, missing field or value that is not text. ``progress`` is the title of a progress bar, ""
+    that Python knows: then all of them are in it, and one in UTF-8 is refused.
+    ``replace_invalid``: bytes that are not UTF-8 are taken as Windows-1252, those that are not in
+    ``encoding`` become U+FFFD, and the callable is told where, with the text around them; without
+    it they are a FormatError, like every damaged file, missing field or value that is not text.
+
+    ``progress`` is the title of a progress bar, ""
     for none. The constructor raises OSError for missing files and data sets, ArgumentError for
     inputs that name no readable file and an unknown ``encoding``.
     """
@@ -181,6 +186,7 @@ class Documents:
         if self.encoding is None:
             lines = _lines(stream, path, self.replace_invalid, self.foreign)
         else:
+            _refuse_utf8(self.encoding, stream, path)
             lines = _lines_in(self.encoding, stream, path, self.replace_invalid)
         if kind in ("text", None):
             return _read_text(lines, self.separator)
@@ -272,6 +278,22 @@ def _lines(
         yield text
     if n_invalid > max(MAX_STRAY_BYTES, min(n_continuing, MAX_STRAY_SHARE * offset)):
         foreign[path] = n_invalid
+
+
+def _refuse_utf8(encoding: str, stream: io.BufferedReader, path: Path) -> None:
+    """Raise FormatError for a file in UTF-8 where another encoding was named: it would be lost."""
+    if codecs.lookup(encoding).name.startswith("utf-8"):
+        return
+    beginning = stream.peek(8192)
+    try:  # the last character may be cut
+        text = codecs.getincrementaldecoder("utf-8")().decode(beginning)
+    except UnicodeDecodeError:
+        return
+    if sum(character > "\x7f" for character in text) >= LEAST_UTF8:
+        raise FormatError(
+            f"{path}: is UTF-8, not {encoding}: name files of one encoding at once, those in UTF-8"
+            " without --encoding"
+        )
 
 
 def _lines_in(

@@ -103,7 +103,8 @@ def prepare(
     ``seed`` falls below ``valid_fraction``: its split never depends on its place, and equal
     documents (white space aside) share one. Of few, where that holds none out, it is the one with
     the lowest hash. With ``valid``, the documents of those inputs are the validation split, and
-    left out where ``inputs`` has them too (the manifest's ``left_out``), as empty ones are.
+    left out where ``inputs`` has them too (the manifest's ``left_out``), as empty ones are, and
+    pairs without a completion (``empty``).
 
     Shards ``train-00000.bin``, ``valid-00000.bin``, … are little-endian uint16 (uint32 for more
     than 65,535 tokens), each document wrapped in BOS … EOS, the sources one after another. Where a
@@ -145,19 +146,20 @@ def prepare(
         **form,
     }
     parts = open_folder(out, made_from)
-    left_out = Count()
+    left_out = {"left_out": 0, "empty": 0}
     try:
         units = _encode_all(_units(splits, left_out), encoding, parts, n_workers)
         if valid_fraction and _may_hold_one_out(units, splits["train"]):
             encoding = replace(encoding, valid_fraction=fraction_for_one(splits["train"], seed))
             units = _encode_all(_units(splits, left_out), encoding, parts, n_workers)
         documents = {side: _sum(units, side).documents for side in SPLITS}
-        check_splits(documents, valid is not None, valid_fraction)
+        names = {split: list(map(str, text)) for split, text in given.items()}
+        check_splits(documents, names["train"], names.get("valid", []), valid_fraction)
     except (ArgumentError, FormatError):  # bad input leaves nothing behind
         remove_units(parts)
         raise
     manifest = _write_shards(encoding, units, parts, out)
-    manifest |= {"left_out": left_out.documents, "made_from": made_from}
+    manifest |= {**left_out, "made_from": made_from}
     with whole_file(out / "tokenizer.model") as file:
         file.write(encoding.model)
     with whole_file(out / "manifest.json") as file:
@@ -172,7 +174,9 @@ def _may_hold_one_out(units: list[Encoded], documents: Documents) -> bool:
     return few and all(path.is_file() for path in documents.paths)
 
 
-def _units(splits: dict[str, Documents], left_out: Count) -> Iterator[Unit]:
+def _units(splits: dict[str, Documents], left_out: dict[str, int]) -> Iterator[Unit]:
+    """The documents in units; ``left_out`` counts, anew, those that are in none, by the reason."""
+    left_out.update(dict.fromkeys(left_out, 0))
     held_out: set[bytes] = set()
     for split, documents in splits.items():
         for source, group in groupby(documents.pairs(), lambda _: documents.source):  # noqa: B023
@@ -180,12 +184,13 @@ def _units(splits: dict[str, Documents], left_out: Count) -> Iterator[Unit]:
             size = 0
             for _, pair in group:
                 if not pair.completion.strip():
+                    left_out["empty"] += 1
                     continue
                 text = "".join(pair)
                 if split == "valid":
                     held_out.add(text_key(text))
                 elif held_out and text_key(text) in held_out:
-                    left_out.documents += 1
+                    left_out["left_out"] += 1
                     continue
                 pairs.append(pair)
                 size += len(text.encode())

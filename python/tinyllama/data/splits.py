@@ -28,10 +28,12 @@ def fraction_for_one(documents: Documents, seed: int) -> float:
     return math.nextafter(min(_number(text, seed) for text in texts) / 2.0**64, 1.0)
 
 
-def check_splits(documents: Mapping[str, int], named: bool, valid_fraction: float) -> None:
+def check_splits(
+    documents: Mapping[str, int], inputs: list[str], valid: list[str], valid_fraction: float
+) -> None:
     """Raise ArgumentError where a split has no documents that is to have some.
 
-    ``documents`` counts those of each split; ``named``: validation text was, and no fraction.
+    ``documents`` counts those of each split; ``inputs`` and ``valid`` name where they are from.
     """
     n = sum(documents.values())
     if valid_fraction and n == 1:
@@ -47,9 +49,10 @@ def check_splits(documents: Mapping[str, int], named: bool, valid_fraction: floa
             " (those that are alike go together)"
         )
     if not documents["train"]:
-        raise ArgumentError("the inputs leave no document to train on")
-    if not documents["valid"] and named:
-        raise ArgumentError("the validation inputs hold no document")
+        also = ", without those that are held out too," if documents["valid"] else ""
+        raise ArgumentError(f"{', '.join(inputs)}: there is{also} no document to train on")
+    if not documents["valid"] and valid:
+        raise ArgumentError(f"{', '.join(valid)}: there is no document to validate on")
     if not documents["valid"] and valid_fraction:
         raise ArgumentError(
             f"valid_fraction {valid_fraction} leaves no validation document among {n}:"

@@ -82,7 +82,9 @@ def _merge(
     try:
         adapted = peft.PeftModel.from_pretrained(base, str(folder)).eval()
     except Exception as error:  # peft has no class of its own for a bad adapter
-        raise FormatError(f"{folder}: peft cannot put it onto {where}: {error}") from None
+        lines = [line.strip() for line in str(error).splitlines()]
+        told = " ".join(lines[:2]) + (f" (and {len(lines) - 2} lines more)" if lines[2:] else "")
+        raise FormatError(f"{folder}: peft cannot put it onto {where}: {told}") from None
     if not hasattr(adapted, "merge_and_unload"):
         kind = adapted.active_peft_config.peft_type.value
         raise FormatError(f"{folder}: adapters of kind {kind} cannot be merged")

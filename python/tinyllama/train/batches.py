@@ -13,6 +13,7 @@ import numpy as np
 
 from ..data.documents import Pair
 from ..errors import ConfigError, FormatError
+from ..files import sha256_of
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -46,6 +47,8 @@ class TokenFolder:
             self.vocab_size = int(manifest["tokenizer"]["vocab_size"])
             self.tokenizer = self.path / manifest["tokenizer"]["file"]
             self.splits: dict[str, Any] = manifest["splits"]
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise FormatError(f"{source}: not JSON: {error}") from None
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, FormatError):
                 raise
@@ -58,6 +61,18 @@ class TokenFolder:
             name: {key: value for key, value in split.items() if key != "shards"}
             for name, split in self.splits.items()
         }
+
+    def check_files(self) -> None:
+        """Raise FormatError, naming the file, where one is not as the manifest's SHA-256 says."""
+        shards = [shard for split in self.splits.values() for shard in split["shards"]]
+        prompts = [shard["prompts"] for shard in shards if "prompts" in shard]
+        for entry in (*shards, *prompts):
+            file = self.path / entry["file"]
+            if "sha256" in entry and sha256_of(file) != entry["sha256"]:
+                raise FormatError(
+                    f"{file}: is damaged (its SHA-256 is not the one in manifest.json): prepare the"
+                    " data again, in a new folder"
+                )
 
     def split(self, name: str) -> Split:
         """The documents of ``name`` ("train" or "valid")."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MissingExtraError
 from ..model import Model
 from .metrics import perplexity
+from .page import bits_error, plus_minus
 from .recipe import FREE_SETTINGS
 from .record import Run, Statement
 
@@ -129,7 +130,7 @@ def _shape(model: Model, run: Run | None, statement: Statement, dtype: str) -> s
             f" hidden_dim {config.hidden_dim}, {tied} embeddings",
         ),
         ("vocabulary", f"{config.vocab_size:,} tokens, SentencePiece BPE"),
-        ("context", f"{config.max_seq_len:,} tokens"),
+        ("context", _context(config.max_seq_len, run)),
         ("languages", ", ".join(statement.languages) or "not stated"),
         ("licence", statement.license or "not stated"),
         ("authors", ", ".join(statement.authors) or "not stated"),
@@ -138,6 +139,13 @@ def _shape(model: Model, run: Run | None, statement: Statement, dtype: str) -> s
     if base:
         rows.append(("made from", base))
     return _table(("", ""), rows)
+
+
+def _context(max_seq_len: int, run: Run | None) -> str:
+    """How many tokens it reads at once, and how many it has learned to."""
+    trained = run.recipe.get("seq_len", max_seq_len) if run else max_seq_len
+    windows = f", trained in windows of {trained:,}" if trained < max_seq_len else ""
+    return f"{max_seq_len:,} tokens{windows}"
 
 
 def _use(statement: Statement, folder: str, steps: Sequence[str]) -> str:
@@ -245,7 +253,7 @@ def _scores(run: Run | None) -> str:
             f"{score['step']:,}",
             f"{score['step'] * run.tokens_per_step:,}",
             f"{perplexity(score['valid_nats']):.3f}",
-            f"{score['bits_per_byte']:.4f}",
+            f"{score['bits_per_byte']:.4f}{plus_minus(bits_error(score))}",
             *(f"{score[key]:.3g}" if key in score else "" for key in columns),
         )
         for score in scores
@@ -258,7 +266,7 @@ def _scores(run: Run | None) -> str:
     text = (
         f"On the held-out documents, each on its own, {what}."
         " Perplexity is per token and compares only with models of the same vocabulary; bits per"
-        " byte compare with any."
+        " byte compare with any; ± is half of a 95 % interval over the documents."
     )
     text += " Step 0 is the model that it went on from." if scores[0]["step"] == 0 else ""
     text += "" if run.score else f" This checkpoint, of step {step:,}, was not scored itself."
@@ -305,8 +313,8 @@ def _samples(model: Model, statement: Statement) -> Iterator[str]:
 
 def _limits(model: Model, run: Run | None, statement: Statement) -> str:
     known = [
-        f"It continues text, in a context of {model.config.max_seq_len:,} tokens. Nothing filters"
-        " what it says, and nothing makes it true."
+        f"It continues text, in a context of {_context(model.config.max_seq_len, run)}. Nothing"
+        " filters what it says, and nothing makes it true."
     ]
     score = run.score if run else None
     if score:

@@ -10,7 +10,6 @@ files; ``RUN/LATEST`` and ``RUN/BEST`` name a folder each. How they come there: 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -18,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, FormatError
+from ..files import sha256_of
 from ..formats import read_checkpoint
 from ..formats.checkpoint import Checkpoint
 from ..loading import find_model
-from .distributed import shared_like, together
-from .model import Llama, tensors_to_state
 from .recipe import FREE_SETTINGS, Recipe, flat, recipe_from_dict
 
 if TYPE_CHECKING:
@@ -30,6 +28,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from ..formats.checkpoint import Vocabulary
+    from .model import Llama
 
 FORMAT = "tinyllama-trainer"
 
@@ -74,15 +73,6 @@ def best_checkpoint(run: Path) -> tuple[float, Path] | None:
         if isinstance(score, float) and math.isfinite(score):
             scored.append((score, folder))
     return min(scored, default=None)
-
-
-def sha256_of(file: Path) -> str:
-    """The SHA-256 of a file's bytes, as hexadecimal digits."""
-    with open(file, "rb") as stream:
-        digest = hashlib.sha256()
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def find_checkpoint(path: str | os.PathLike[str], pointer: str = "LATEST") -> Path:
@@ -187,15 +177,23 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 def load_weights(folder: Path, model: Llama) -> None:
     """Put the weights of a checkpoint folder into ``model``. Raises FormatError if they differ."""
     from ..formats.hf import load_hf
+    from .model import tensors_to_state
 
     state = tensors_to_state(load_hf(folder).tensors, model.config, str(folder))
     model.load_state_dict(state)
 
 
 def read_start(name: str) -> Checkpoint:
-    """What a recipe's ``init_from`` names: of a run the last checkpoint, or what ``load`` reads."""
+    """What a recipe's ``init_from`` names: of a run the last checkpoint, or what ``load`` reads.
+
+    Raises FormatError when a checkpoint's files are not as they were written.
+    """
     path = find_model(name)
-    return read_checkpoint(find_checkpoint(path) if (path / "LATEST").is_file() else path)
+    if (path / "LATEST").is_file():
+        path = find_checkpoint(path)
+    if (path / "trainer.json").is_file():
+        check_files(path)
+    return read_checkpoint(path)
 
 
 def start_from(name: str, model: Llama, vocabulary: Vocabulary) -> None:
@@ -204,6 +202,8 @@ def start_from(name: str, model: Llama, vocabulary: Vocabulary) -> None:
     Raises ConfigError, before anything is changed, when that is a model of another shape (its
     context aside) or has other tokens than ``vocabulary``, the data's.
     """
+    from .model import tensors_to_state
+
     start = read_start(name)
     for field in dataclasses.fields(model.config):
         there, here = getattr(start.config, field.name), getattr(model.config, field.name)
@@ -230,6 +230,8 @@ def load_optimizers(folder: Path, model: Llama, optimizers: dict[str, Optimizer]
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
+
+    from .distributed import shared_like, together
 
     shares: dict[str, list[Tensor]] = {}  # maps of the files: put together one at a time
     source = folder

@@ -26,6 +26,7 @@ from ..formats.gguf import gguf_bytes, write_gguf
 from ..loading import load
 from ..model import Model
 from .card import model_card
+from .checkpoint import check_files
 from .record import Statement, read_run, read_statement
 
 PathLike: TypeAlias = "str | os.PathLike[str]"
@@ -122,7 +123,8 @@ def export(
     Raises, before anything is read, ArgumentError for an unknown format, checkpoints that are not
     there and a name that does not fit the format, and OSError for a place that cannot be written;
     then ArgumentError for a dtype that the format does not take and for too little text, and what
-    readers and writers of the formats and of the card raise.
+    readers and writers of the formats and of the card raise, and FormatError for a training run's
+    checkpoint whose files are not as they were written.
     """
     if to not in FORMATS:
         raise ArgumentError(f"to is {to!r}; known: {', '.join(FORMATS)}")
@@ -133,6 +135,9 @@ def export(
     statement = Statement() if card is None else read_statement(card)
     others = _kept_checkpoints(Path(source), checkpoints)
     checkpoint = read_checkpoint(source, tokenizer=tokenizer, base=base)
+    for folder in (Path(checkpoint.source), *others):
+        if (folder / "trainer.json").is_file():
+            check_files(folder)
     dtype = _default_dtype(checkpoint, to) if dtype is None else dtype
     name, oracle = _oracle(checkpoint)
     out = Path(os.path.realpath(out))

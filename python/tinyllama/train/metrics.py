@@ -121,6 +121,8 @@ def read_records(run: Path) -> Records:
     """
     path = run / "metrics.jsonl"
     records: Records = []
+    if not path.is_file():
+        raise FileNotFoundError(f"{run}: no training run: it has no metrics.jsonl")
     lines = path.read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
         try:

@@ -206,7 +206,7 @@ def own_scores(records: Records) -> Records:
 
 def bits_error(validation: dict[str, Any]) -> float | None:
     """The standard error of a record's bits per byte."""
-    error = validation["standard_error"]
+    error = validation.get("standard_error")
     if error is None:
         return None
     return float(error / validation["valid_nats"] * validation["bits_per_byte"])

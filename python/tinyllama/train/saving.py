@@ -16,9 +16,9 @@ from concurrent import futures
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import whole_file, whole_folder
+from ..files import sha256_of, whole_file, whole_folder
 from ..formats.checkpoint import Checkpoint
-from .checkpoint import FORMAT, TrainerState, best_checkpoint, named_by, sha256_of
+from .checkpoint import FORMAT, TrainerState, best_checkpoint, named_by
 from .distributed import ALONE, Writers, share_of, whole
 from .model import Llama, state_to_tensors
 

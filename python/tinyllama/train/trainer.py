@@ -103,6 +103,8 @@ class Trainer:
             torch.set_num_threads(recipe.n_threads)
         keep_freed_memory()
         self.ranks = Ranks(choose_device(recipe.device))
+        if self.ranks.is_first_here:
+            folder.check_files()
         device = self.ranks.device
         self.share = self.ranks.share(recipe.batch_size * recipe.grad_accum)
         be_deterministic()
@@ -374,6 +376,12 @@ class Trainer:
             f" {recipe.steps:,} steps of {recipe.tokens_per_step:,} tokens,"
             f" {n_windows / windows.windows_per_epoch:.1f} epochs; from step {self.state.step}"
         )
+        context = recipe.model.max_seq_len
+        if recipe.seq_len < context and not recipe.init_from:
+            self._say(
+                f"windows of {recipe.seq_len} tokens leave the rest of the context of {context}"
+                " untrained"
+            )
 
     def _log_beginning(self, peak: float) -> None:
         self._log(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import math
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
@@ -145,8 +146,13 @@ def tell(
     max_new_tokens: int = 200,
     temperature: float = 0.8,
 ) -> str:
-    """Continue ``prompt`` by sampling, until EOS: text. Slow (no cache), and only for a look."""
+    """Continue ``prompt`` by sampling, until EOS: text. Slow (no cache), and only for a look.
+
+    Tokens that would break a character are never drawn, as in the runtime.
+    """
     random = torch.Generator().manual_seed(seed)
+    values = byte_values(tokenizer)
+    begun = b""  # of a character
     tokens = [tokenizer.bos_id(), *tokenizer.encode(prompt)]
     room = model.config.max_seq_len - len(tokens)
     device = model.tok_embed.device
@@ -155,9 +161,45 @@ def tell(
     with torch.no_grad():
         for _ in range(min(max_new_tokens, room)):
             logits = model(torch.tensor([tokens], device=device))[0, -1].float().cpu()
+            logits[torch.from_numpy(~goes_on(values, begun))] = -math.inf
             token = int(torch.multinomial((logits / temperature).softmax(0), 1, generator=random))
             if token == tokenizer.eos_id():
                 break
             tokens.append(token)
+            begun = begun + bytes([values[token]]) if values[token] >= 0 else b""
+            if _is_whole(begun):
+                begun = b""
     model.train(was_training)
-    return str(tokenizer.decode(tokens[1:]))
+    return str(tokenizer.decode(tokens[1 : len(tokens) - len(begun)]))
+
+
+def byte_values(tokenizer: SentencePieceProcessor) -> np.ndarray:
+    """Of each token that is a byte its value, -1 of the others: int (vocab_size,)."""
+    ids = range(tokenizer.vocab_size())
+    return np.array([int(tokenizer.id_to_piece(i)[1:-1], 16) if tokenizer.is_byte(i) else -1
+                     for i in ids])  # fmt: skip
+
+
+def goes_on(values: np.ndarray, begun: bytes) -> np.ndarray:
+    """Which tokens may follow the first bytes of a character: bool (vocab_size,)."""
+    allowed = np.array([_begins(begun + bytes([value])) for value in range(256)])
+    return np.where(values >= 0, allowed[values], not begun)
+
+
+def _begins(data: bytes) -> bool:
+    """Whether ``data`` are the first bytes of text in UTF-8."""
+    if data[:1] == b"\xed" and data[1:2] >= b"\xa0":  # halves of a pair, which Python lets begin
+        return False
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(data)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _is_whole(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
