@@ -387,6 +387,10 @@ def test_utf8_is_not_read_as_another_encoding(tmp_path):
     (tmp_path / "new.txt.gz").write_bytes(gzip.compress((story * 500).encode()))
     with pytest.raises(FormatError, match=r"new.txt.gz: is UTF-8"):
         texts(tmp_path / "new.txt.gz", encoding="windows-1252")
+    (tmp_path / "late.txt").write_text("Only letters at first. " * 1000 + story, encoding="utf-8")
+    with pytest.raises(FormatError, match=r"late.txt: is UTF-8"):
+        check(tmp_path / "late.txt", encoding="windows-1252", repair=tmp_path / "mended.txt")
+    assert not (tmp_path / "mended.txt").exists()
     (tmp_path / "plain.txt").write_text("Only letters that all of them have. " * 100)
     assert len(texts(tmp_path / "plain.txt", encoding="windows-1252")) == 1
 

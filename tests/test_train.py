@@ -409,6 +409,13 @@ def test_tokens_that_have_changed_are_refused(tokens: Path, tmp_path: Path) -> N
     with pytest.raises(FormatError, match=r"train-00000\.bin: is damaged"):
         Trainer(RECIPE, data, tmp_path / "run")
     assert not (tmp_path / "run").exists()
+    shard[4] ^= 1
+    (data / "train-00000.bin").write_bytes(shard)
+    TokenFolder(data).check_files()
+    with open(data / "tokenizer.model", "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(FormatError, match=r"tokenizer\.model: is damaged"):
+        TokenFolder(data).check_files()
 
 
 @pytest.mark.parametrize(("dropout", "lost"), [(0.1, 26), (0.001, 1), (0.5, 128)])

@@ -107,8 +107,9 @@ def die_at_file_operation(n: int, run: Path) -> None:
 
     def save_half(tensors: dict[str, torch.Tensor], file: Path, *args: object) -> None:
         save(tensors, file, *args)
-        if one():
+        if one():  # under the name that safetensors has for what it has not finished
             os.truncate(file, os.path.getsize(file) // 2)
+            os.rename(file, file.with_name(".tmpAbCdEf"))
             die()
 
     os.fsync = fsync
@@ -255,8 +256,16 @@ def test_a_damaged_checkpoint_is_named_with_the_one_before(
     file.write_bytes(data)
     with pytest.raises(Exception, match=r"trainer.safetensors: is damaged.*step-00000001"):
         Trainer(RECIPE, tokens, tmp_path)
+    read_start(str(tmp_path))  # which needs the weights alone
+    (tmp_path / "BEST").write_text("step-00000002\n")
+    export(tmp_path, tmp_path / "m.gguf")
+    (tmp_path / "m.gguf").unlink()
+    file = file.with_name("model.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
     for use in (lambda: export(tmp_path, tmp_path / "m.gguf"), lambda: read_start(str(tmp_path))):
-        with pytest.raises(FormatError, match=r"trainer.safetensors: is damaged"):
+        with pytest.raises(FormatError, match=r"model.safetensors: is damaged .* trainer.json\)$"):
             use()
     assert not (tmp_path / "m.gguf").exists()
     (tmp_path / "LATEST").write_text("step-00000001\n")

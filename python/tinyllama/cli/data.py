@@ -249,13 +249,17 @@ def run_prepare(args: argparse.Namespace) -> None:
 
 
 def _hint_at_validation(manifest: dict[str, Any]) -> None:
-    """Say so where a score would hang on a few documents, though there are more."""
+    """Say so where a score would hang on few of many documents."""
     splits = manifest["splits"]
     valid = splits["valid"]["documents"] if "valid" in splits else 0
     n_documents = valid + splits["train"]["documents"]
     if 0 < valid < FEW_DOCUMENTS < n_documents / 2:
         share = math.ceil(100 * FEW_DOCUMENTS / n_documents) / 100
-        more = f"--valid-fraction {share:g} holds out more" if share <= 0.2 else "it has few in all"
+        more = (
+            f"--valid-fraction {share:g} holds out more"
+            if share <= 0.2
+            else "the text has few in all"
+        )
         print(f"tinyllama: scores will hang on {valid} held-out documents; {more}", file=sys.stderr)
 
 

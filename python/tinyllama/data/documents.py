@@ -25,8 +25,8 @@ PAIR_FIELDS = ("prompt", "completion")
 # not UTF-8: so large a part of the file (some pairs of GB 18030 do pass for UTF-8), or more than
 # continue a character of UTF-8. Which encoding, they do not tell: each has letters for most bytes.
 MAX_STRAY_BYTES, MAX_STRAY_SHARE = 20, 0.05
-# A file is in UTF-8, whatever other encoding was named for it, when its beginning is, with at least
-# so many characters of several bytes. A few of GB 18030 may pass for UTF-8 as well; not this many.
+# A file is in UTF-8, whatever other encoding was named for it, when all of it is, with at least so
+# many characters of several bytes. A few of GB 18030 may pass for UTF-8 as well; not this many.
 LEAST_UTF8 = 10
 ENCODINGS = "windows-1252 (Western Europe), iso-8859-2 (Central Europe), gb18030 (Chinese)"
 
@@ -186,7 +186,6 @@ class Documents:
         if self.encoding is None:
             lines = _lines(stream, path, self.replace_invalid, self.foreign)
         else:
-            _refuse_utf8(self.encoding, stream, path)
             lines = _lines_in(self.encoding, stream, path, self.replace_invalid)
         if kind in ("text", None):
             return _read_text(lines, self.separator)
@@ -280,34 +279,51 @@ def _lines(
         foreign[path] = n_invalid
 
 
-def _refuse_utf8(encoding: str, stream: io.BufferedReader, path: Path) -> None:
-    """Raise FormatError for a file in UTF-8 where another encoding was named: it would be lost."""
-    if codecs.lookup(encoding).name.startswith("utf-8"):
-        return
-    beginning = stream.peek(8192)
-    try:  # the last character may be cut
-        text = codecs.getincrementaldecoder("utf-8")().decode(beginning)
-    except UnicodeDecodeError:
-        return
-    if sum(character > "\x7f" for character in text) >= LEAST_UTF8:
-        raise FormatError(
-            f"{path}: is UTF-8, not {encoding}: name files of one encoding at once, those in UTF-8"
-            " without --encoding"
-        )
+class _Watched(io.BufferedIOBase):
+    """A stream, and whether it has been UTF-8 so far: with how many characters of several bytes."""
+
+    def __init__(self, stream: io.BufferedReader) -> None:
+        self._stream = stream
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self.is_utf8, self.n_characters = True, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def read1(self, size: int = -1) -> bytes:
+        data = self._stream.read1(size)
+        if self.is_utf8:
+            try:
+                text = self._decoder.decode(data, final=not data)
+            except UnicodeDecodeError:
+                self.is_utf8 = False
+            else:
+                self.n_characters += len(text) - len(text.encode("ascii", "ignore"))
+        return data
 
 
 def _lines_in(
-    encoding: str, stream: BinaryIO, path: Path, replace_invalid: Callable[[str], None] | None
+    encoding: str,
+    stream: io.BufferedReader,
+    path: Path,
+    replace_invalid: Callable[[str], None] | None,
 ) -> Iterator[str]:
     """The same of text in another encoding, its byte order mark, if any, taken off."""
     errors = "strict" if replace_invalid is None else "replace"
-    text, number = io.TextIOWrapper(stream, encoding, errors, newline="\n"), 0
+    watched, number = _Watched(stream), 0
+    text = io.TextIOWrapper(watched, encoding, errors, newline="\n")  # type: ignore[type-var]
     try:
         for number, line in enumerate(text, 1):
             if replace_invalid and "\ufffd" in line:
                 near = _around(line, line.index("\ufffd"))
                 replace_invalid(f"{path}: line {number}: {near}")
             yield line[:-2] + "\n" if line.endswith("\r\n") else line
+        is_utf8 = watched.is_utf8 and watched.n_characters >= LEAST_UTF8
+        if is_utf8 and not codecs.lookup(encoding).name.startswith("utf-8"):
+            raise FormatError(
+                f"{path}: is UTF-8, not {encoding}: name files of one encoding at once, those in"
+                " UTF-8 without --encoding"
+            )
     except UnicodeError as error:  # its place is one in a piece of the file
         raise FormatError(f"{path}: behind line {number}: not {encoding}: {error}") from None
     finally:

@@ -45,7 +45,8 @@ class TokenFolder:
             self.bos_id = int(manifest["bos_id"])
             self.eos_id = int(manifest["eos_id"])
             self.vocab_size = int(manifest["tokenizer"]["vocab_size"])
-            self.tokenizer = self.path / manifest["tokenizer"]["file"]
+            self.tokenizer_entry: dict[str, Any] = manifest["tokenizer"]
+            self.tokenizer = self.path / self.tokenizer_entry["file"]
             self.splits: dict[str, Any] = manifest["splits"]
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise FormatError(f"{source}: not JSON: {error}") from None
@@ -66,7 +67,7 @@ class TokenFolder:
         """Raise FormatError, naming the file, where one is not as the manifest's SHA-256 says."""
         shards = [shard for split in self.splits.values() for shard in split["shards"]]
         prompts = [shard["prompts"] for shard in shards if "prompts" in shard]
-        for entry in (*shards, *prompts):
+        for entry in (self.tokenizer_entry, *shards, *prompts):
             file = self.path / entry["file"]
             if "sha256" in entry and sha256_of(file) != entry["sha256"]:
                 raise FormatError(

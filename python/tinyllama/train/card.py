@@ -142,9 +142,10 @@ def _shape(model: Model, run: Run | None, statement: Statement, dtype: str) -> s
 
 
 def _context(max_seq_len: int, run: Run | None) -> str:
-    """How many tokens it reads at once, and how many it has learned to."""
+    """How many tokens it can read at once, and how many it was trained with."""
     trained = run.recipe.get("seq_len", max_seq_len) if run else max_seq_len
-    windows = f", trained in windows of {trained:,}" if trained < max_seq_len else ""
+    here = " here" if run and run.start else ""  # what it went on from may have had longer ones
+    windows = f", trained{here} in windows of {trained:,}" if trained < max_seq_len else ""
     return f"{max_seq_len:,} tokens{windows}"
 
 

@@ -146,18 +146,24 @@ def _check_empty(run: Path) -> None:
         )
 
 
-def check_files(folder: Path) -> None:
-    """Raise FormatError, naming the file, where one of a checkpoint is not as it was written."""
+def check_files(folder: Path, resuming: bool = True) -> None:
+    """Raise FormatError, naming the file, where one of a checkpoint is not as it was written.
+
+    Those of the trainer are looked at only when ``resuming``, which alone needs them.
+    """
     for name, digest in _read_manifest(folder)["files"].items():
         file = folder / name
+        if name.startswith("trainer") and not resuming:
+            continue
         if not file.is_file():
             problem = "is missing"
         elif sha256_of(file) != digest:
             problem = "is damaged (its SHA-256 is not the one in trainer.json)"
         else:
             continue
-        others = sorted(other.name for other in folder.parent.glob("step-*") if other != folder)
-        hint = f"; to go on from {others[-1]}, write that name into LATEST" if others else ""
+        before = sorted(o.name for o in folder.parent.glob("step-*") if o.name < folder.name)
+        hint = f"; to go on from {before[-1]}, write that name into LATEST" if before else ""
+        hint = hint if resuming else ""
         raise FormatError(f"{file}: {problem}{hint}")
 
 
@@ -192,7 +198,7 @@ def read_start(name: str) -> Checkpoint:
     if (path / "LATEST").is_file():
         path = find_checkpoint(path)
     if (path / "trainer.json").is_file():
-        check_files(path)
+        check_files(path, resuming=False)
     return read_checkpoint(path)
 
 

@@ -137,7 +137,7 @@ def export(
     checkpoint = read_checkpoint(source, tokenizer=tokenizer, base=base)
     for folder in (Path(checkpoint.source), *others):
         if (folder / "trainer.json").is_file():
-            check_files(folder)
+            check_files(folder, resuming=False)
     dtype = _default_dtype(checkpoint, to) if dtype is None else dtype
     name, oracle = _oracle(checkpoint)
     out = Path(os.path.realpath(out))

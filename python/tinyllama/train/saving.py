@@ -122,28 +122,29 @@ def write_checkpoint(run: Path, snapshot: Snapshot, n_kept: int, writers: Writer
     checkpoints stand as they were.
     """
     folder = run / f"step-{snapshot.state.step:08d}"
-    shares = [run / f".{folder.name}.{name}" for name in writers.file_names("trainer.safetensors")]
-    mine, problem = shares[writers.rank], "was stopped"
+    shares = run / f".{folder.name}.trainer"  # until all are there
+    names = writers.file_names("trainer.safetensors")
+    problem = "was stopped"
     try:
         if snapshot.checkpoint is not None:
-            _clear_up(run, but=f".{folder.name}.trainer")  # others may be writing theirs
-        _write_share(mine, snapshot.optimizers)
+            _clear_up(run, but=shares)
+        shares.mkdir(exist_ok=True)
+        _write_share(shares / names[writers.rank], snapshot.optimizers)
         problem = ""
     except OSError as error:
-        problem = str(error)
+        problem = str(error) or repr(error)
         raise
     finally:
-        problems = [f"process {i}: {p}" for i, p in enumerate(writers.tell(problem)) if p]
+        problems = [f"rank {i}: {p}" for i, p in enumerate(writers.tell(problem)) if p]
         if problems:
-            mine.unlink(missing_ok=True)
+            shutil.rmtree(shares, ignore_errors=True)
     if problems:  # of others
         raise OSError("; ".join(problems))
     if snapshot.checkpoint is not None:
         try:
-            _complete(folder, snapshot.state, snapshot.checkpoint, shares)
+            _complete(folder, snapshot.state, snapshot.checkpoint, [shares / n for n in names])
         finally:
-            for share in shares:
-                share.unlink(missing_ok=True)
+            shutil.rmtree(shares, ignore_errors=True)  # what killed processes have left there too
         _point(run / "LATEST", folder.name)
         point_to_best(run)
         _drop_old(run, n_kept)
@@ -177,7 +178,7 @@ def _complete(folder: Path, state: TrainerState, weights: Checkpoint, shares: li
         save_hf(weights, part)
         for share in shares:
             shutil.copymode(part / "config.json", share)  # it was private
-            os.replace(share, part / share.name.removeprefix(f".{folder.name}."))
+            os.replace(share, part / share.name)
         (part / "trainer.json").write_bytes(_manifest(part, state))
 
 
@@ -220,11 +221,11 @@ def _remove(folder: Path) -> None:
         shutil.rmtree(nameless)
 
 
-def _clear_up(run: Path, but: str) -> None:
-    """What killed processes have left of folders, pointers and pages, ``but`` of those so named."""
+def _clear_up(run: Path, but: Path) -> None:
+    """Remove what killed processes have left, ``but`` the place where others may be writing."""
     names = ("*step-*", "LATEST.*", "BEST.*", "metrics.jsonl.*", "report.html.*")
-    found = [path for name in names for path in run.glob(f".{name}")]
-    for left in [path for path in found if not path.name.startswith(but)]:
+    found = {path for name in names for path in run.glob(f".{name}")}
+    for left in found - {but}:
         if left.is_dir():
             shutil.rmtree(left)
         else:

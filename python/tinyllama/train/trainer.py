@@ -103,8 +103,6 @@ class Trainer:
             torch.set_num_threads(recipe.n_threads)
         keep_freed_memory()
         self.ranks = Ranks(choose_device(recipe.device))
-        if self.ranks.is_first_here:
-            folder.check_files()
         device = self.ranks.device
         self.share = self.ranks.share(recipe.batch_size * recipe.grad_accum)
         be_deterministic()
@@ -127,6 +125,9 @@ class Trainer:
                           " sums may round differently than in one go")  # fmt: skip
         elif recipe.init_from:
             start_from(recipe.init_from, self.model, self.vocabulary)
+        if self.ranks.is_first_here and self.state.step < recipe.steps:
+            self._say("checking the data")
+            folder.check_files()
         self.network = self.ranks.spread(self.model.to(device), recipe.parallel)
         self.optimizers = make_optimizers(self.model, recipe)
         if previous is not None and self.state.step:  # before the first step they hold nothing
