@@ -122,14 +122,22 @@ def test_portuguese(
         Path(f"assin2-{part}.xml").write_text(text, encoding="utf-8")
     rows = "".join(f'"{i % 4 + 1}","Title {i}","News of day {i}."\n' for i in range(40))
     Path("ag_news_test.csv").write_text(rows)
+    shape = ["vocab_size=400", "dim=24", "n_layers=1", "hidden_dim=32", "max_seq_len=64"]
+    tiny = " ".join(f"--set model.{setting}" for setting in shape)
     smaller = {
+        "hf:nicholasKluge/Pt-Corpus-Instruct": "pt.txt",
+        "--valid-fraction 0.0002": "--valid-fraction 0.2",
+        "--vocab-size 32000": "--vocab-size 400",
+        "train --preset ttl-160m --energy BRA": (
+            f"train --preset ttl-160m {tiny} --set steps=1 --set seq_len=16 {A_STEP}"
+        ),
         "--vocab-size 2048": "--vocab-size 400",
         "--set steps=1000": f"--set steps=2 {A_STEP}",
         "data prepare": "data prepare --workers 1",
         "--epochs 4": CLASSIFY,
         "--epochs 2": CLASSIFY,
     }
-    assert run_page("portuguese.md", smaller) == 11
+    assert run_page("portuguese.md", smaller) == 14
     said = capsys.readouterr().out
     assert "Era uma vez" in said
     assert "| majority class | 50.0 |" in said and "| majority class | 25.0 |" in said
