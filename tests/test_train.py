@@ -21,6 +21,7 @@ pytest.importorskip("safetensors")
 pytest.importorskip("tqdm")
 
 from tiny_training import CONFIG, RECIPE, VOCAB, learned, same, weights  # noqa: E402
+from tinyllama.cli import main  # noqa: E402
 from tinyllama.data.shards import prepare  # noqa: E402
 from tinyllama.errors import ConfigError, FormatError, NonFiniteError  # noqa: E402
 from tinyllama.formats import read_checkpoint  # noqa: E402
@@ -416,6 +417,21 @@ def test_tokens_that_have_changed_are_refused(tokens: Path, tmp_path: Path) -> N
         file.write(b"\0")
     with pytest.raises(FormatError, match=r"tokenizer\.model: is damaged"):
         TokenFolder(data).check_files()
+
+
+def test_held_out_tokens_that_have_changed_are_not_scored(
+    tokens: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("a cat\n<|endoftext|>\na big dog ran\n")
+    data = tmp_path / "data"
+    prepare(tmp_path / "text.txt", tokens / "tokenizer.model", data, valid_fraction=0.01)
+    arguments = ["eval", "bundled", "--text", str(data)]
+    assert main(arguments) == 0
+    shard = bytearray((data / "valid-00000.bin").read_bytes())
+    shard[4] ^= 1
+    (data / "valid-00000.bin").write_bytes(shard)
+    assert main(arguments) == 2
+    assert "valid-00000.bin: is damaged" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("dropout", "lost"), [(0.1, 26), (0.001, 1), (0.5, 128)])

@@ -61,7 +61,9 @@ def text_documents(args: argparse.Namespace) -> Documents | Texts:
     if not (Path(args.text) / "manifest.json").exists():
         return Documents(args.text, field=args.field)
     folder = TokenFolder(args.text)
-    return Texts(folder, open_processor(folder.tokenizer.read_bytes()))
+    texts = Texts(folder, open_processor(folder.tokenizer.read_bytes()))
+    folder.check_files("valid")
+    return texts
 
 
 def story_sampling(args: argparse.Namespace) -> SamplingParams:

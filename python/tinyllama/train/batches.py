@@ -63,16 +63,18 @@ class TokenFolder:
             for name, split in self.splits.items()
         }
 
-    def check_files(self) -> None:
-        """Raise FormatError, naming the file, where one is not as the manifest's SHA-256 says."""
-        shards = [shard for split in self.splits.values() for shard in split["shards"]]
+    def check_files(self, *splits: str) -> None:
+        """Raise FormatError, naming the file, where one of these splits (none named: of any) or the
+        tokenizer is not as the manifest's SHA-256 says."""
+        named = [self.splits[name] for name in splits or self.splits]
+        shards = [shard for split in named for shard in split["shards"]]
         prompts = [shard["prompts"] for shard in shards if "prompts" in shard]
         for entry in (self.tokenizer_entry, *shards, *prompts):
             file = self.path / entry["file"]
             if "sha256" in entry and sha256_of(file) != entry["sha256"]:
                 raise FormatError(
                     f"{file}: is damaged (its SHA-256 is not the one in manifest.json): prepare the"
-                    " data again, in a new folder"
+                    " data again"
                 )
 
     def split(self, name: str) -> Split:
