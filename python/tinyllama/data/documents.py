@@ -67,9 +67,9 @@ class Documents:
     ``encoding`` become U+FFFD, and the callable is told where, with the text around them; without
     it they are a FormatError, like every damaged file, missing field or value that is not text.
 
-    ``progress`` is the title of a progress bar, ""
-    for none. The constructor raises OSError for missing files and data sets, ArgumentError for
-    inputs that name no readable file and an unknown ``encoding``.
+    ``progress`` is the title of a progress bar, "" for none. The constructor raises OSError for
+    missing files and data sets, ArgumentError for inputs that name no readable file and an unknown
+    ``encoding``.
     """
 
     def __init__(
